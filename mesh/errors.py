@@ -1,0 +1,81 @@
+"""The error tree: whose fault, is the outcome certain, and what the API answers.
+
+MeshError                the root; never raised itself
+├ PeerError              the other side broke the protocol: count it, drop the message (never shown to a client)
+├ CapacityError          full, and certainly nothing was started: 429 with Retry-After
+├ NoRoute                no live nodes cover some layers: 503 with Retry-After, names the layers
+├ StalePlacement         work carried an older placement id than this node has active: re-route, certain
+├ SessionLost            a running session could not be recovered: error event, says how far it got
+├ RequestError           the caller's fault: 400 (or its own status) with an OpenAI error body
+└ ConfigError            a setting is wrong: exit 2, names the field
+
+A bug is an AssertionError: the process stops and the mesh carries on without it.
+"""
+
+from __future__ import annotations
+
+
+class MeshError(Exception):
+    """Root of the tree."""
+
+    status = 500
+    code = "internal_error"
+    kind = "server_error"
+    retry_after_s: float | None = None
+    param: str | None = None
+
+
+class PeerError(MeshError):
+    """A peer sent something that no honest peer of this version sends."""
+
+
+class CapacityError(MeshError):
+    """No room now; certainly nothing was started."""
+
+    status = 429
+    code = "rate_limit_exceeded"
+    kind = "rate_limit_error"
+
+    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class NoRoute(MeshError):
+    """No live nodes cover layers [start, end) of a model."""
+
+    status = 503
+    code = "no_route"
+    retry_after_s = 2.0
+
+
+class StalePlacement(MeshError):
+    """The placement id named is older than the active one."""
+
+    status = 503
+    code = "stale_placement"
+    retry_after_s = 1.0
+
+
+class SessionLost(MeshError):
+    """A running session ended without being complete; the message says how far it got."""
+
+    status = 503
+    code = "session_lost"
+
+
+class RequestError(MeshError):
+    """The caller's fault.  ``param`` names the field, ``code`` is OpenAI's where there is one."""
+
+    status = 400
+    kind = "invalid_request_error"
+
+    def __init__(
+        self, message: str, *, param: str | None = None, code: str = "invalid_request", status: int = 400
+    ) -> None:
+        super().__init__(message)
+        self.param, self.code, self.status = param, code, status
+
+
+class ConfigError(MeshError):
+    """A setting is wrong or the node cannot start with it; the message names it and what to do."""

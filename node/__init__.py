@@ -1,0 +1,1 @@
+"""One running machine: process, sockets, TLS, journal, engine, HTTP API, command line."""
