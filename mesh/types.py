@@ -138,3 +138,21 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
 def to_builtins(value: object) -> object:
     """``value`` as dicts, lists and scalars, for JSON."""
     return msgspec.to_builtins(value)
+
+
+class Hop(msgspec.Struct, frozen=True):
+    """One stage of a route: ``node`` computes layers [start, end), which may be a part of what it holds."""
+
+    node: NodeId
+    start: int
+    end: int
+
+
+class Route(msgspec.Struct, frozen=True):
+    """Hops that cover all layers of ``model``, with no gap and no overlap; the last is the sampler."""
+
+    model: ModelId
+    hops: tuple[Hop, ...]
+
+    def __str__(self) -> str:
+        return ",".join(f"{hop.node[:8]}:{hop.start}-{hop.end}" for hop in self.hops)

@@ -18,7 +18,7 @@ def ensure(extra: str = "") -> None:
 
     The stamp in ``.venv`` is a hash of what the installation depends on, so that a changed lock re-installs.
     """
-    if sys.version_info < (3, 11):
+    if sys.version_info < (3, 11):  # noqa: UP036
         sys.exit("Murmur needs Python 3.11 or newer; this is %d.%d" % sys.version_info[:2])  # noqa: UP031
     sys.path.insert(0, str(ROOT))
     python = VENV / "bin" / "python"

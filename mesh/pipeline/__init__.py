@@ -1,0 +1,1 @@
+"""The generation protocol: routes, checkpointed activations, exact recovery (docs/protocol.md)."""

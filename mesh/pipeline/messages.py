@@ -1,0 +1,190 @@
+"""What the two ends of a generation say to each other, and the values that both reason with.
+
+Positions are half-open ranges; position ``p`` of the keys and values belongs to token ``p`` (the prompt included).
+The token drawn from the output of position ``p`` is token ``p + 1``.
+
+The ring of one session::
+
+    owner ──Open, Ack, Progress, Release──► every hop        hop ──Opened, Refused, Progressing──► owner
+    hop i ──Forward──► hop i + 1            hop i + 1 ──Gap──► hop i       ("send me from this position on")
+    sampler ──Token──► owner                sampler ──Feed──► hop 0        (one leg less for each token)
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from mesh.types import ModelId, NodeId, Priority, Route, SamplingParams
+
+SessionId = str
+Epoch = tuple[int, NodeId]
+"""(counter, owner), compared as a pair; it names one route of a session."""
+PlacementId = tuple[int, int]
+"""(mesh epoch's counter, placement counter)."""
+
+RUN_AHEAD = 32
+"""Tokens that hop 0 may run past the owner's acknowledgement (slow client, stop string, cut link)."""
+
+
+class SessionRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """The whole request, as every journal holds it: enough to go on with it anywhere."""
+
+    model: ModelId
+    prompt: tuple[int, ...]
+    sampling: SamplingParams
+    priority: Priority = "interactive"
+    timeout_s: float = 600.0
+    max_retries: int = 8
+    """Recoveries without progress before the session is given up."""
+    balance: str = ""
+    allowed_nodes: tuple[NodeId, ...] = ()
+    prompt_logprobs: bool = False
+    form: bytes = b""
+    """What the API needs to go on with the answer (its form, stop strings, response id); opaque here."""
+
+    @property
+    def max_positions(self) -> int:
+        """Keys and values that the session may come to hold: the last token's are never computed."""
+        return len(self.prompt) + self.sampling.max_tokens
+
+
+def finish_reason(request: SessionRequest, tokens: list[int]) -> Literal["stop", "length"] | None:
+    """Why a generation is complete with ``tokens`` (the drawn ones only); ``None``: it goes on.
+
+    The sampler (to stop computing) and the owner (to end the stream) both ask this, so that they agree.
+    """
+    sampling = request.sampling
+    if tokens and tokens[-1] in sampling.stop_token_ids and len(tokens) >= sampling.min_tokens:
+        return "stop"
+    return "length" if len(tokens) >= sampling.max_tokens else None
+
+
+class PipelineMessage(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Every message names its session and the epoch that it belongs to."""
+
+    session: SessionId
+    epoch: Epoch
+
+
+# -- owner to hop ------------------------------------------------------------------------------------------------------
+
+
+class Open(PipelineMessage, frozen=True):
+    """Follow this route from now on.  Opening and resuming are one act: a hop that holds nothing starts at 0.
+
+    A hop that knows an older epoch cuts what it holds to what the owner accepted, and keeps the rest.
+    """
+
+    route: Route
+    hop: int
+    placement_id: PlacementId
+    max_positions: int
+    priority: Priority
+    accepted: int
+    """Tokens that the owner holds, prompt included; what lies beyond is not valid."""
+    request: SessionRequest | None = None
+    """For the journal's holders (hop 0 and the sampler)."""
+    drawn: tuple[int, ...] = ()
+    """Tokens drawn so far, for the journal's holders."""
+
+
+class Ack(PipelineMessage, frozen=True):
+    """The owner accepted ``accepted`` tokens, prompt included; to hop 0, which runs at most ``RUN_AHEAD`` past it."""
+
+    accepted: int
+
+
+class Progress(PipelineMessage, frozen=True):
+    """How far are you?  A hop answers and says again what it waits for, so that a lost frame is repaired."""
+
+    accepted: int
+
+
+class Release(PipelineMessage, frozen=True):
+    """The session ended: free everything."""
+
+
+class Lease(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """The owner lives and still wants these sessions of a hop (one message for all of them)."""
+
+    sessions: tuple[tuple[SessionId, Epoch], ...]
+
+
+# -- hop to owner ------------------------------------------------------------------------------------------------------
+
+
+class Opened(PipelineMessage, frozen=True):
+    """The hop follows this epoch; ``kept`` positions survived from before (0: it starts anew)."""
+
+    hop: int
+    kept: int
+
+
+class Refused(PipelineMessage, frozen=True):
+    """The hop does not serve the session (any more)."""
+
+    hop: int
+    code: Literal["busy", "stale_placement", "unknown_placement", "not_held", "unknown_session", "failed"]
+    why: str
+    retry_after_s: float = 1.0
+
+
+class Progressing(PipelineMessage, frozen=True):
+    """Where a hop stands: positions handed to its engine, positions computed, tokens in its journal."""
+
+    hop: int
+    submitted: int
+    done: int
+    tokens: int
+
+
+class Token(PipelineMessage, frozen=True):
+    """The sampler drew the token of ``position``."""
+
+    position: int
+    token: int
+    logprob: float = 0.0
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class PromptLogprobs(PipelineMessage, frozen=True):
+    """Log-probabilities of the prompt's own tokens at [start, start + len(rows)): (logprob, most likely others)."""
+
+    start: int
+    rows: tuple[tuple[float, tuple[tuple[int, float], ...]], ...]
+
+
+# -- hop to hop --------------------------------------------------------------------------------------------------------
+
+
+class Forward(PipelineMessage, frozen=True):
+    """Hidden states of positions [start, start + n): ``payload`` is n rows of raw bytes in the wire dtype."""
+
+    start: int
+    n: int
+    payload: memoryview
+
+
+class Gap(PipelineMessage, frozen=True):
+    """To the hop before (to the sampler, from hop 0): send me positions (tokens) from ``expected`` on.
+
+    One mechanism for the first frame, a lost one and a replay: nothing crosses a boundary before the hop behind it
+    has said from where.
+    """
+
+    expected: int
+
+
+class Feed(PipelineMessage, frozen=True):
+    """Sampler to hop 0: tokens from ``start`` on; the next position can be computed."""
+
+    start: int
+    tokens: tuple[int, ...]
+
+
+ToStage = Open | Ack | Progress | Release | Lease | Forward | Gap | Feed
+ToSession = Opened | Refused | Progressing | Token | PromptLogprobs
+Pipeline = ToStage | ToSession
+TO_SESSION = (Opened, Refused, Progressing, Token, PromptLogprobs)

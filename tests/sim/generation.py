@@ -1,0 +1,236 @@
+"""A node for the simulator: the production Session and Stage cores around a pure token function as the model.
+
+The model's answer depends on every input of every layer at every position, so keys and values that are wrong, missing
+or applied twice anywhere change all tokens that follow.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections import deque
+from typing import Any
+
+from mesh.core import Effect, Emit, Send
+from mesh.pipeline import messages as m
+from mesh.pipeline import session as s
+from mesh.pipeline import stage as t
+from mesh.types import Hop, LayerSpan, Route, SamplingParams
+
+LAYERS = 6
+VOCABULARY = 97
+ROW = 8
+
+
+def _hash(*parts: bytes) -> bytes:
+    return hashlib.blake2b(b"|".join(parts), digest_size=ROW).digest()
+
+
+class FakeKv:
+    """One sequence's keys and values over layers [start, end): a running digest per layer and position."""
+
+    def __init__(self, start: int, end: int) -> None:
+        self.layers = {layer: [b""] for layer in range(start, end)}
+        self.length = 0
+
+    def apply(self, row: bytes) -> bytes:
+        for layer, digests in self.layers.items():
+            digests.append(_hash(digests[-1], row))
+            row = _hash(b"%d" % layer, row, digests[-1])
+        self.length += 1
+        return row
+
+    def truncate(self, length: int) -> None:
+        self.length = min(self.length, length)
+        for digests in self.layers.values():
+            del digests[self.length + 1 :]
+
+
+def embed(token: int) -> bytes:
+    return _hash(b"embed", b"%d" % token)
+
+
+def draw(row: bytes, sampling: SamplingParams, position: int) -> int:
+    return int.from_bytes(_hash(row, b"%d/%d" % (sampling.seed, position)), "big") % VOCABULARY
+
+
+def oracle(request: m.SessionRequest) -> list[int]:
+    """The undisturbed run."""
+    kv, tokens = FakeKv(0, LAYERS), list(request.prompt)
+    rows = [kv.apply(embed(token)) for token in tokens]
+    while m.finish_reason(request, tokens[len(request.prompt) :]) is None:
+        tokens.append(draw(rows[-1], request.sampling, len(tokens)))
+        rows.append(kv.apply(embed(tokens[-1])))
+    return tokens[len(request.prompt) :]
+
+
+class FakeEngine:
+    """Computes a queue of work, one chunk each ``step_s``."""
+
+    def __init__(self, rng: random.Random, slots: int, step_s: float = 0.01, chunk: int = 5) -> None:
+        self.rng, self.slots, self.step_s, self.chunk = rng, slots, step_s, chunk
+        self.sequences: dict[str, tuple[FakeKv, t.Reserve]] = {}
+        self.queue: deque[t.Compute] = deque()
+        self.due: float | None = None
+        self.computed_positions = 0
+
+    def reserve(self, ask: t.Reserve) -> bool:
+        if len(self.sequences) >= self.slots:
+            return False
+        self.sequences[ask.key] = (FakeKv(ask.start, ask.end), ask)
+        return True
+
+    def submit(self, work: t.Compute, now: float) -> None:
+        self.queue.append(work)
+        self.due = self.due or now + self.step_s
+
+    def truncate(self, key: str, length: int) -> None:
+        self.sequences[key][0].truncate(length)
+        self.queue = deque(work for work in self.queue if work.key != key)
+
+    def free(self, key: str) -> None:
+        del self.sequences[key]
+        self.queue = deque(work for work in self.queue if work.key != key)
+
+    def step(self, now: float) -> list[t.Computed]:
+        self.due = None
+        if not self.queue:
+            return []
+        work = self.queue.popleft()
+        n = min(work.n, self.rng.randint(1, self.chunk))
+        if n < work.n:
+            rest = work.hidden[n * ROW :] if work.hidden is not None else None
+            self.queue.appendleft(
+                t.Compute(work.key, work.tag, work.start + n, work.n - n, work.tokens[n:], rest, work.sample)
+            )
+        if self.queue:
+            self.due = now + self.step_s
+        return [self._compute(work, n)]
+
+    def _compute(self, work: t.Compute, n: int) -> t.Computed:
+        kv, ask = self.sequences[work.key]
+        assert kv.length == work.start, "the engine is only given the next position"
+        rows = (
+            [embed(token) for token in work.tokens[:n]]
+            if ask.start == 0
+            else [bytes(work.hidden[i * ROW : (i + 1) * ROW]) for i in range(n)]  # type: ignore[index]
+        )
+        out = [kv.apply(row) for row in rows]
+        self.computed_positions += n
+        if ask.end < LAYERS:
+            return t.Computed(work.key, work.tag, work.start, n, memoryview(b"".join(out)))
+        token = None
+        if work.sample and n == work.n:
+            assert ask.sampling is not None
+            token = draw(out[-1], ask.sampling, work.start + n)
+        return t.Computed(work.key, work.tag, work.start, n, token=token)
+
+
+class Peer:
+    """One node as the composition root wires it: sessions that it owns, a stage, an engine."""
+
+    def __init__(self, me: str, rng: random.Random, spans: dict[str, tuple[int, int]], slots: int = 64) -> None:
+        self.me, self.rng, self.spans = me, rng, spans
+        self.stage = t.StageCore(me)
+        self.engine = FakeEngine(rng, slots)
+        self.sessions: dict[str, s.Session] = {}
+        self.streams: dict[str, list[int]] = {}
+        self.ends: dict[str, Any] = {}
+        self.recoveries: list[s.Recovery] = []
+        if me in spans:
+            self.stage.set_spans([LayerSpan("toy", *spans[me])])
+
+    @property
+    def deadline(self) -> float | None:
+        timers = [self.stage.deadline, self.engine.due, *(x.deadline for x in self.sessions.values())]
+        return min((x for x in timers if x is not None), default=None)
+
+    def open(self, session: str, request: m.SessionRequest, now: float) -> list[Effect]:
+        self.sessions[session] = s.Session(session, self.me, request, self.rng, now)
+        self.streams[session] = []
+        return self._done(session, self.sessions[session].start(now), now)
+
+    def receive(self, message: Any, sender: str, now: float) -> list[Effect]:
+        if isinstance(message, m.TO_SESSION):
+            session = self.sessions.get(message.session)
+            if session is None:
+                return []
+            return self._done(message.session, session.receive(message, sender, now), now)
+        return self._staged(self.stage.receive(message, sender, now), now)
+
+    def tick(self, now: float) -> list[Effect]:
+        effects = []
+        if self.engine.due is not None and now >= self.engine.due:
+            effects += self._staged(self.stage.computed(self.engine.step(now), now), now)
+        effects += self._staged(self.stage.tick(now), now)
+        for name, session in list(self.sessions.items()):
+            if session.deadline is not None and now >= session.deadline:
+                effects += self._done(name, session.tick(now), now)
+        return effects
+
+    def reset(self, peer: str, now: float) -> list[Effect]:
+        """The link to ``peer`` was reset and a reconnect failed."""
+        effects = []
+        for name, session in list(self.sessions.items()):
+            effects += self._done(name, session.lost(peer, "reset", now), now)
+        return effects
+
+    def _staged(self, effects: list[Effect], now: float) -> list[Effect]:
+        out: list[Effect] = []
+        for effect in effects:
+            event = effect.event if isinstance(effect, Emit) else None
+            if isinstance(effect, Send):
+                out.append(effect)
+            elif isinstance(event, t.Reserve):
+                busy = None if self.engine.reserve(event) else self._busy(event.key)
+                out += self._staged(self.stage.reserved(event.key, busy, now), now)
+            elif isinstance(event, t.Compute):
+                self.engine.submit(event, now)
+            elif isinstance(event, t.Truncate):
+                self.engine.truncate(event.key, event.length)
+            elif isinstance(event, t.Free):
+                self.engine.free(event.key)
+            else:
+                out.append(effect)
+        return out
+
+    def _busy(self, key: str) -> m.Refused:
+        opening = self.stage._reserving[key]
+        return m.Refused(opening.session, opening.epoch, opening.hop, "busy", "no slot", 0.1)
+
+    def _done(self, name: str, effects: list[Effect], now: float) -> list[Effect]:
+        out: list[Effect] = []
+        for effect in effects:
+            event = effect.event if isinstance(effect, Emit) else None
+            if isinstance(event, s.NeedRoute):
+                out += self._done(name, self._route(name, event, now), now)
+            elif isinstance(event, s.Accepted):
+                request = self.sessions[name].request
+                assert event.position == len(request.prompt) + len(self.streams[name]), "each index once, in order"
+                self.streams[name].append(event.token)
+                out += self._done(name, self.sessions[name].acknowledge(event.position + 1, now), now)
+            elif isinstance(event, s.Ended | s.Failed):
+                self.ends[name] = event
+                self.sessions.pop(name)
+            elif isinstance(event, s.Recovered):
+                self.recoveries.append(event.recovery)
+            else:
+                out.append(effect)
+        return out
+
+    def _route(self, name: str, ask: s.NeedRoute, now: float) -> list[Effect]:
+        hops, at = [], 0
+        while at < LAYERS:
+            kept = [hop for hop in ask.keep if hop.start == at]
+            ends = min([hop.start for hop in ask.keep if hop.start > at], default=LAYERS)
+            able = [(n, b) for n, (a, b) in sorted(self.spans.items()) if a <= at < b and n not in ask.exclude]
+            able = [(n, b) for n, b in able if n not in [hop.node for hop in (*ask.keep, *hops)]]
+            if kept:
+                hops.append(kept[0])
+            elif able:
+                node, end = self.rng.choice(able)
+                hops.append(Hop(node, at, min(end, ends)))
+            else:
+                return self.sessions[name].unroutable(f"no live node holds layer {at}", now)
+            at = hops[-1].end
+        return self.sessions[name].follow(Route("toy", tuple(hops)), (0, 0), now)
