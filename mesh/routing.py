@@ -1,0 +1,184 @@
+"""Routes: which nodes run which layers of one session.  A pure function of a view and a request.
+
+A route is a shortest path over layer boundaries: an edge is a hop, a node that holds layers [a, b) and runs any
+part of them.  Hops cost what the balancing policy says; on top of that, nodes that one would rather not use cost
+so much that they serve only where nothing else covers the layers.  A node is used once in a route.
+
+Because hops cost in proportion to their layers, a cut between two hops is best where one of their spans begins or
+ends: only such cuts are tried.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import msgspec
+
+from mesh.balance import Balance, Holder, HopCost, Measured, hop_cost
+from mesh.errors import NoRoute
+from mesh.types import LayerSpan, ModelId, ModelInfo, NodeId
+from mesh.view import MemberView, MeshView, gaps
+
+UNHEALTHY = 1e12
+"""Suspected, degraded or draining: only where nothing else covers a layer."""
+FULL = 1e10
+"""Says that it has no room for the positions asked for: it would answer Busy."""
+OTHER_HARDWARE = 1e8
+"""Would replay with other bits: only tokens, not bitwise, would be equal (recovery)."""
+
+PATHS_KEPT = 3
+"""Partial paths kept at each boundary: more than one, since a node may be used only once."""
+
+
+class Hop(msgspec.Struct, frozen=True):
+    """``node`` runs layers [start, end)."""
+
+    node: NodeId
+    start: int
+    end: int
+
+
+class Route(msgspec.Struct, frozen=True):
+    """Hops that cover all layers of ``model``, in order, without gap or overlap."""
+
+    model: ModelId
+    hops: tuple[Hop, ...]
+
+    def hop_of(self, node: NodeId) -> Hop | None:
+        return next((hop for hop in self.hops if hop.node == node), None)
+
+    @property
+    def nodes(self) -> tuple[NodeId, ...]:
+        return tuple(hop.node for hop in self.hops)
+
+
+class RouteRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """What is asked of a route."""
+
+    model: ModelId
+    positions: int = 0
+    """Keys and values that the session may need, in positions; nodes with less room are avoided."""
+    balance: Balance = "latency"
+    allowed_nodes: tuple[NodeId, ...] | None = None
+    """Only these (ids or names); ``None``: all."""
+    exclude: tuple[NodeId, ...] = ()
+    """Never these."""
+    keep: tuple[Hop, ...] = ()
+    """Hops that stay exactly as they are; only the layers between them are routed."""
+    seed: int = 0
+    """Decides between equals; a counter for ``round_robin``."""
+    hardware: str = ""
+    """Prefer nodes of this hardware class that replay exactly; empty: no preference."""
+    prefix: str = ""
+    """Hash of the prompt's beginning, for ``prefix_affinity``."""
+    outstanding: Mapping[NodeId, int] = {}
+    """Sessions that this node has running at each node, fresher than any profile."""
+
+
+class _Path(NamedTuple):
+    cost: float
+    hops: tuple[Hop, ...]
+
+
+def find_route(view: MeshView, request: RouteRequest) -> Route:
+    """The cheapest route; raises ``NoRoute`` naming the model and the layers [a, b) that nothing covers."""
+    model = view.model(request.model)
+    if model is None:
+        raise NoRoute(f"no live node offers model {request.model!r}")
+    holders = _holders(view, request)
+    wanted = _between(request.keep, model.n_layers)
+    if not wanted:
+        return Route(model.id, _in_order(request.keep))
+    if not holders:
+        raise NoRoute(_no_route(model, wanted))
+    cost = _cost(view, request, model, holders)
+    hops, used = list(request.keep), frozenset(hop.node for hop in request.keep)
+    for start, end in wanted:
+        path = _shortest(holders, cost, start, end, used)
+        if path is None:
+            spans = [span for member, span in holders if member.id not in used]
+            raise NoRoute(_no_route(model, _uncovered(spans, start, end)))
+        hops += path
+        used |= {hop.node for hop in path}
+    return Route(model.id, _in_order(hops))
+
+
+def _holders(view: MeshView, request: RouteRequest) -> list[Holder]:
+    """Spans that may be used at all: ready, of present members that are allowed and not excluded or kept."""
+    barred = {*request.exclude, *(hop.node for hop in request.keep)}
+    allowed = None if request.allowed_nodes is None else set(request.allowed_nodes)
+    return [
+        (member, span)
+        for member, span in view.ready_spans(request.model)
+        if member.id not in barred and (allowed is None or member.id in allowed or member.profile.name in allowed)
+    ]
+
+
+def _cost(view: MeshView, request: RouteRequest, model: ModelInfo, holders: list[Holder]) -> HopCost:
+    measured = Measured(model, view.me, request.outstanding)
+    by_policy = hop_cost(request.balance, measured, holders, request.seed, request.prefix)
+    avoided = {member.id: _avoidance(member, request) for member, _ in holders}
+    return lambda member, span, start, end: avoided[member.id] + by_policy(member, span, start, end)
+
+
+def _avoidance(member: MemberView, request: RouteRequest) -> float:
+    profile, cost = member.profile, 0.0
+    if member.state != "alive" or member.degraded or profile.draining:
+        cost += UNHEALTHY
+    if request.positions > profile.load.free_tokens:
+        cost += FULL
+    if request.hardware and not (profile.hardware == request.hardware and profile.exact):
+        cost += OTHER_HARDWARE
+    return cost
+
+
+def _between(keep: tuple[Hop, ...], n_layers: int) -> tuple[tuple[int, int], ...]:
+    """Layers that the kept hops leave to be routed."""
+    return gaps([LayerSpan(ModelId(""), hop.start, hop.end) for hop in keep], n_layers)
+
+
+def _in_order(hops: tuple[Hop, ...] | list[Hop]) -> tuple[Hop, ...]:
+    return tuple(sorted(hops, key=lambda hop: hop.start))
+
+
+def _shortest(holders: list[Holder], cost: HopCost, start: int, end: int, used: frozenset[NodeId]) -> list[Hop] | None:
+    """The cheapest chain of hops over [start, end), each on a node of its own that is not in ``used``."""
+    starts = sorted({span.start for _, span in holders if start < span.start < end})
+    cuts = sorted({start, *starts, *(span.end for _, span in holders if start < span.end < end)})
+    paths: dict[int, list[_Path]] = {start: [_Path(0.0, ())]}
+    for cut in cuts:
+        for path in _best(paths.get(cut, [])):
+            taken = used.union(hop.node for hop in path.hops)
+            for member, span in holders:
+                if member.id in taken or not span.start <= cut < span.end:
+                    continue
+                furthest = min(span.end, end)
+                for to in (*(s for s in starts if cut < s < furthest), furthest):
+                    longer = (*path.hops, Hop(member.id, cut, to))
+                    paths.setdefault(to, []).append(_Path(path.cost + cost(member, span, cut, to), longer))
+    final = paths.get(end)
+    return None if not final else list(min(final, key=_rank).hops)
+
+
+def _rank(path: _Path) -> tuple[float, int]:
+    return path.cost, len(path.hops)
+
+
+def _best(paths: list[_Path]) -> list[_Path]:
+    """The cheapest few, each of other nodes."""
+    kept: dict[frozenset[NodeId], _Path] = {}
+    for path in heapq.nsmallest(4 * PATHS_KEPT, paths, key=_rank):
+        kept.setdefault(frozenset(hop.node for hop in path.hops), path)
+    return list(kept.values())[:PATHS_KEPT]
+
+
+def _uncovered(spans: list[LayerSpan], start: int, end: int) -> tuple[tuple[int, int], ...]:
+    cut = [(max(a, start), min(b, end)) for a, b in gaps(spans, end)]
+    return tuple((a, b) for a, b in cut if a < b) or ((start, end),)
+
+
+def _no_route(model: ModelInfo, missing: tuple[tuple[int, int], ...]) -> str:
+    ranges = ", ".join(f"[{start}, {end})" for start, end in missing)
+    return f"no live node that may be used holds layers {ranges} of model {model.id}"
