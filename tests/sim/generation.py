@@ -182,8 +182,11 @@ class Peer:
             if isinstance(effect, Send):
                 out.append(effect)
             elif isinstance(event, t.Reserve):
-                busy = None if self.engine.reserve(event) else self._busy(event.key)
-                out += self._staged(self.stage.reserved(event.key, busy, now), now)
+                if self.engine.reserve(event):
+                    answer = self.stage.reserved(event.key, now)
+                else:
+                    answer = self.stage.refused(event.key, "busy", "no slot", 0.1)
+                out += self._staged(answer, now)
             elif isinstance(event, t.Compute):
                 self.engine.submit(event, now)
             elif isinstance(event, t.Truncate):
@@ -193,10 +196,6 @@ class Peer:
             else:
                 out.append(effect)
         return out
-
-    def _busy(self, key: str) -> m.Refused:
-        opening = self.stage._reserving[key]
-        return m.Refused(opening.session, opening.epoch, opening.hop, "busy", "no slot", 0.1)
 
     def _done(self, name: str, effects: list[Effect], now: float) -> list[Effect]:
         out: list[Effect] = []

@@ -1,0 +1,67 @@
+"""News waiting to be passed on: each piece is sent a bounded number of times, the least sent first, then the newest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+from mesh.types import NodeId
+
+T = TypeVar("T")
+
+
+class BroadcastQueue(Generic[T]):
+    """At most one piece of news per subject: what is newer about it replaces what waited."""
+
+    def __init__(self, size: Callable[[Any], int], limit: int = 8_192) -> None:
+        """``size``: encoded bytes of an item; ``limit``: subjects held, the most sent are dropped first."""
+        self._size, self._limit = size, limit
+        self._tiers: list[dict[NodeId, tuple[T, int]]] = [{}]
+        """Tier i holds what was sent i times: subject -> (item, bytes), oldest first."""
+        self._tier_of: dict[NodeId, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._tier_of)
+
+    def __contains__(self, subject: NodeId) -> bool:
+        return subject in self._tier_of
+
+    def add(self, subject: NodeId, item: T) -> None:
+        self.drop(subject)
+        if len(self._tier_of) >= self._limit:
+            last = next(tier for tier in reversed(self._tiers) if tier)
+            self.drop(next(iter(last)))
+        self._tiers[0][subject] = (item, self._size(item))
+        self._tier_of[subject] = 0
+
+    def drop(self, subject: NodeId) -> None:
+        tier = self._tier_of.pop(subject, None)
+        if tier is not None:
+            del self._tiers[tier][subject]
+
+    def take(self, room: int, times: int, most: int = 64) -> list[T]:
+        """Items that fit into ``room`` bytes, each counted as sent once; gone after ``times``."""
+        taken: list[tuple[NodeId, T, int]] = []
+        for tier in self._tiers:
+            for subject in reversed(tier):
+                item, size = tier[subject]
+                if size <= room:
+                    taken.append((subject, item, size))
+                    room -= size
+                if room < 16 or len(taken) >= most:
+                    break
+            if room < 16 or len(taken) >= most:
+                break
+        for subject, item, size in reversed(taken):
+            self._advance(subject, (item, size), times)
+        return [item for _, item, _ in taken]
+
+    def _advance(self, subject: NodeId, entry: tuple[T, int], times: int) -> None:
+        tier = self._tier_of.pop(subject)
+        del self._tiers[tier][subject]
+        if tier + 1 >= times:
+            return
+        while len(self._tiers) <= tier + 1:
+            self._tiers.append({})
+        self._tiers[tier + 1][subject] = entry
+        self._tier_of[subject] = tier + 1

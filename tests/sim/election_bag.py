@@ -1,0 +1,302 @@
+"""Message-bag schedules: no common clock, any message at any time, for the election's safety.
+
+The messages in flight lie in a bag.  Each step draws an act: deliver one (or a copy), lose one, let a node's time-out
+pass, crash, restart, propose, change voters, hand over.  Safety must not depend on time, so every node has a clock of
+its own that jumps to its deadline.  One seed is one schedule, with weights of its own (swarm testing).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import msgspec
+
+from mesh.core import Emit, Persist, Send
+from mesh.election.config import ElectionConfig
+from mesh.election.durable import Durable, newcomer
+from mesh.election.election import Election
+from mesh.election.events import Busy, NotLeader, Refused
+from mesh.election.messages import AskVote
+from mesh.election.record import EMPTY, Content, RecordId, make_epoch, make_record
+from mesh.election.voters import MemberInfo
+from tests.sim.election_checks import ElectionChecker
+
+MESH = "11" * 16
+EPOCH = make_epoch(1, 7)
+MANUAL = ElectionConfig(auto_voters=False)
+NAMES = "abcdefg"
+
+ACTS = ("deliver", "copy", "lose", "tick", "crash", "restart", "propose", "voters", "swap", "cut", "reset", "fence")
+
+
+class Weather(msgspec.Struct, frozen=True):
+    """How one schedule goes."""
+
+    nodes: int = 5
+    voters: int = 3
+    steps: int = 200
+    weights: tuple[float, ...] = (60.0, 3.0, 5.0, 14.0, 1.0, 3.0, 3.0, 4.0, 1.0, 1.0, 1.0, 1.0)
+    """Of ``ACTS``."""
+    order: str = "any"
+    """Which message is delivered: ``any``, ``old`` or ``new``."""
+    takeovers: bool = False
+    wipe: bool = False
+    """A crashed node loses its disk and keeps its id: what R10 forbids (a negative control)."""
+    forget: tuple[str, ...] = ()
+    """Fields of the durable state that are not written (negative controls): ``term``, ``voted_for``."""
+
+
+def draw_weather(rng: random.Random, **fixed: Any) -> Weather:
+    """Swarm testing: each schedule has its own mixture of acts, some of them absent."""
+    voters = rng.choice((2, 3, 3, 3, 4, 5))
+    scale = [rng.choice((0.0, 0.3, 1.0, 1.0, 3.0)) for _ in ACTS]
+    base = Weather().weights
+    weights = [b * s for b, s in zip(base, scale, strict=True)]
+    weights[0] = base[0] * rng.choice((0.7, 1.0, 2.0))
+    weights[3] = max(weights[3], 6.0)
+    weather = Weather(
+        nodes=min(voters + rng.choice((0, 1, 2)), len(NAMES)),
+        voters=voters,
+        weights=tuple(weights),
+        order=rng.choice(("any", "any", "old", "new")),
+        takeovers=rng.random() < 0.05,
+    )
+    return msgspec.structs.replace(weather, **fixed)
+
+
+class Bag:
+    """One schedule."""
+
+    def __init__(
+        self,
+        seed: int,
+        make: Callable[..., Election] = Election,
+        ignore: tuple[str, ...] = (),
+        **fixed: Any,
+    ) -> None:
+        self.rng = random.Random(seed)
+        self.weather = draw_weather(self.rng, **fixed)
+        self.make = make
+        self.checker = ElectionChecker(ignore)
+        self.names = list(NAMES[: self.weather.nodes])
+        self.mail: list[tuple[str, str, Any]] = []
+        self.disks: dict[str, Durable] = {}
+        self.cores: dict[str, Election | None] = {}
+        self.clocks = dict.fromkeys(self.names, 100.0)
+        self.cut: frozenset[str] = frozenset()
+        self.told: list[str] = []
+        self.keep_story = False
+        self._value = 0
+        self._do = [getattr(self, "_" + act) for act in ACTS]
+        self._found()
+
+    def _found(self) -> None:
+        """All start in term 1 with the same committed record, voters being the first few."""
+        record = make_record(EPOCH, RecordId(1, 1), tuple(self.names[: self.weather.voters]), Content())
+        for name in self.names:
+            self.disks[name] = Durable(MESH, EPOCH, name, 1, None, record, record)
+            self.checker.persisted(name, self.disks[name])
+        for name in self.names:
+            self._boot(name)
+
+    def run(self) -> ElectionChecker:
+        """Play the schedule; raises ``Violation``."""
+        acts = self.rng.choices(self._do, self.weather.weights, k=self.weather.steps)
+        for act in acts:
+            act()
+        return self.checker
+
+    # -- nodes
+
+    def _boot(self, name: str) -> None:
+        disk = self.disks[name]
+        if self.weather.forget:
+            lost: dict[str, Any] = {"voted_for": None}
+            if "term" in self.weather.forget:
+                lost["term"] = disk.record.id.term
+            disk = msgspec.structs.replace(disk, **lost)
+        core = self.make(disk, MANUAL, self.rng, self.clocks[name])
+        core.note_members([MemberInfo(n, 0.0) for n in self.names], self.clocks[name])
+        self.cores[name] = core
+        self._after(name, core)
+
+    def _perform(self, name: str, effects: list[Any]) -> None:
+        mail = self.mail
+        for effect in effects:
+            if isinstance(effect, Send):
+                self.checker.sent(name, effect.to, effect.message)
+                mail.append((name, effect.to, effect.message))
+            elif isinstance(effect, Persist):
+                self.disks[name] = effect.record
+                self.checker.persisted(name, effect.record)
+            elif self.keep_story and isinstance(effect, Emit):
+                self.told.append(f"    {name} says {effect.event}")
+        if len(mail) > 80:
+            for _ in range(len(mail) - 80):
+                mail.pop(self.rng.randrange(len(mail)))
+        core = self.cores[name]
+        if core is not None:
+            self._after(name, core)
+
+    def _after(self, name: str, core: Election) -> None:
+        self.checker.stepped(name, core)
+
+    def _someone(self) -> str:
+        return self.rng.choice(self.names)
+
+    def _leader(self) -> str | None:
+        """Some node that believes to lead; often there are several."""
+        leaders = [n for n in self.names if (core := self.cores[n]) is not None and core.role == "leader"]
+        return self.rng.choice(leaders) if leaders else None
+
+    def _note(self, what: str) -> None:
+        if self.keep_story:
+            self.told.append(what)
+
+    # -- acts
+
+    def _draw(self) -> int:
+        if self.weather.order == "old":
+            return min(int(self.rng.expovariate(0.5)), len(self.mail) - 1)
+        if self.weather.order == "new":
+            return max(len(self.mail) - 1 - int(self.rng.expovariate(0.5)), 0)
+        return self.rng.randrange(len(self.mail))
+
+    def _deliver(self, copy: bool = False) -> None:
+        if not self.mail:
+            return self._tick()
+        at = self._draw()
+        sender, to, message = self.mail[at] if copy else self.mail.pop(at)
+        core = self.cores.get(to)
+        if core is None or (sender in self.cut) != (to in self.cut):
+            return
+        self._note(f"{sender} -> {to} {message}")
+        self.clocks[to] += 0.001
+        self._perform(to, core.receive(message, sender, self.clocks[to]))
+
+    def _copy(self) -> None:
+        self._deliver(copy=True)
+
+    def _lose(self) -> None:
+        if self.mail:
+            self.mail.pop(self._draw())
+
+    def _tick(self) -> None:
+        name = self._someone()
+        core = self.cores[name]
+        if core is None or core.deadline is None:
+            return
+        self._note(f"{name} time-out")
+        self.clocks[name] = max(self.clocks[name], core.deadline)
+        self._perform(name, core.tick(self.clocks[name]))
+
+    def _crash(self) -> None:
+        name = self._someone()
+        self._note(f"{name} crashes")
+        self.cores[name] = None
+        if self.weather.wipe and self.rng.random() < 0.5:
+            self._note(f"{name} loses its disk")
+            self.disks[name] = newcomer(MESH, name, EMPTY)
+            self.disks[name] = msgspec.structs.replace(self.disks[name], epoch=EPOCH)
+            self.checker.forget(name)
+
+    def _restart(self) -> None:
+        down = [n for n in self.names if self.cores[n] is None]
+        if down:
+            name = self.rng.choice(down)
+            self._note(f"{name} restarts")
+            self._boot(name)
+
+    def _propose(self) -> None:
+        def change(core: Election, now: float) -> list[Any]:
+            self._value += 1
+            placement = b"%d" % self._value if self._value % 3 else core.record.content.placement
+            content = msgspec.structs.replace(core.record.content, placement=placement, models=(b"%d" % self._value,))
+            return core.propose(now, content)
+
+        self._ask_leader("content", change)
+
+    def _voters(self) -> None:
+        def change(core: Election, now: float) -> list[Any]:
+            voters = list(core.record.voters)
+            name = self._someone()
+            if name in voters:
+                voters.remove(name)
+            else:
+                voters.append(name)
+            return core.propose(now, voters=voters)
+
+        self._ask_leader("voters", change)
+
+    def _swap(self) -> None:
+        def change(core: Election, now: float) -> list[Any]:
+            old = core.record.voters
+            outside = [n for n in self.names if n not in old]
+            if not outside:
+                return core.transfer(now)
+            voters = [*old, self.rng.choice(outside)]
+            voters.remove(self.rng.choice(old))
+            return core.propose(now, voters=voters)
+
+        self._ask_leader("swap or transfer", change)
+
+    def _ask_leader(self, what: str, change: Callable[[Election, float], list[Any]]) -> None:
+        name = self._leader()
+        if name is None:
+            return
+        core = self.cores[name]
+        assert core is not None
+        self._note(f"{name} is asked for {what}")
+        try:
+            effects = change(core, self.clocks[name])
+        except (NotLeader, Busy, Refused):
+            return
+        self._perform(name, effects)
+
+    def _cut(self) -> None:
+        """A partition, or its end."""
+        healed = bool(self.cut) and self.rng.random() < 0.6
+        self.cut = frozenset() if healed else frozenset(self.rng.sample(self.names, self.rng.randint(1, len(self.names) - 1)))
+        self._note(f"cut off: {sorted(self.cut)}")
+
+    def _reset(self) -> None:
+        """A node loses sight of another; rarely a person takes over."""
+        name = self._someone()
+        core = self.cores[name]
+        if core is None:
+            return
+        if self.weather.takeovers and self.rng.random() < 0.2:
+            self._note(f"{name} takes over")
+            return self._perform(name, core.takeover(self.clocks[name], force=True))
+        self._perform(name, core.note_lost(core.leader or self._someone(), self.clocks[name]))
+
+    def _fence(self) -> None:
+        """Old and new work, old and new commands, and a message of another mesh."""
+        name, other = self._someone(), self._someone()
+        core = self.cores[name]
+        if core is None or name == other:
+            return
+        known = self.checker.highest[other]
+        pid, command = known[3], known[0]
+        answer, effects = core.may_open(pid, other)
+        self.checker.fenced(name, "open", pid, answer.verdict, core)
+        self._perform(name, effects)
+        if command in self.checker.leaders:
+            answer, effects = core.obey(*command, other, self.clocks[name])
+            self.checker.fenced(name, "obey", command, answer.verdict, core)
+            self._perform(name, effects)
+        stranger = AskVote("22" * 16, core.epoch, core.term + 5, record=RecordId(10**6, 10**6))
+        self.checker.foreign(name, core.receive(stranger, other, self.clocks[name]))
+        self.checker.stepped(name, core)
+
+
+def search(seeds: Sequence[int], **how: Any) -> tuple[int, AssertionError] | None:
+    """The first of ``seeds`` whose schedule breaks a property, and how."""
+    for seed in seeds:
+        try:
+            Bag(seed, **how).run()
+        except AssertionError as violation:
+            return seed, violation
+    return None
