@@ -2,6 +2,7 @@
 
 MeshError                the root; never raised itself
 ├ PeerError              the other side broke the protocol: count it, drop the message (never shown to a client)
+├ PeerUnreachable        the other side did not answer: whether it acted is not certain
 ├ CapacityError          full, and certainly nothing was started: 429 with Retry-After
 ├ NoRoute                no live nodes cover some layers: 503 with Retry-After, names the layers
 ├ StalePlacement         work carried an older placement id than this node has active: re-route, certain
@@ -27,6 +28,14 @@ class MeshError(Exception):
 
 class PeerError(MeshError):
     """A peer sent something that no honest peer of this version sends."""
+
+
+class PeerUnreachable(MeshError):
+    """No connection, or no answer in time; what was asked may or may not have happened."""
+
+    status = 503
+    code = "peer_unreachable"
+    retry_after_s = 1.0
 
 
 class CapacityError(MeshError):

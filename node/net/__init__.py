@@ -1,0 +1,1 @@
+"""Bytes between nodes: sealed datagrams, the peer door, links with credit."""
