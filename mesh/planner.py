@@ -249,7 +249,8 @@ def missing_text(model: ModelInfo, workers: Sequence[Worker]) -> str:
     lack = _lacking(model, workers)
     return (
         f"model {model.id} does not fit: {lack} more bytes ({lack / 2**30:.2f} GiB) of weight memory are missing; "
-        f"it needs {whole} bytes and {len(workers)} nodes have {free} bytes free: add nodes, or give them more with --memory"
+        f"it needs {whole} bytes, and {len(workers)} nodes have {free} bytes free: "
+        "add nodes, or give them more with --memory"
     )
 
 
