@@ -1,0 +1,258 @@
+"""``/v1/chat/completions``, ``/v1/completions``, ``/v1/models``: from a body to a ``Call``, and the model list."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+import time
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+from mesh.errors import RequestError
+from mesh.types import ModelInfo, SamplingParams
+from node.api import params
+from node.api.context import API, CONTEXT, Api, Context
+from node.api.errors import json_response
+from node.api.guard import need
+from node.api.messages import normalise
+from node.api.respond import respond
+from node.api.run import Call, Choice
+from node.api.schemas import ChatBody, CompletionBody, GenerationBody, read_body, read_object
+from node.api.service import Form, GenerationRequest
+from node.api.structured import structure_of
+from node.text.tokenizer import LONG_TEXT, Tokenizer, encode_off_loop, off_loop
+
+COMPLETION_TOKENS = 16
+"""OpenAI's default of the completion form; a chat's is what fits."""
+MAX_PROMPTS = 2_048
+TEMPLATE_ARGUMENTS = 64
+
+
+async def chat_completions(request: web.Request) -> web.StreamResponse:
+    api, context = request.app[API], request[CONTEXT]
+    need(context.caller, "infer")
+    raw = await request.read()
+    body = read_body(ChatBody, read_object(raw))
+    model = find_model(api, body.model)
+    tokenizer = await api.service.tokenizer(model.id)
+    return await respond(request, await chat_call(api, context, request, raw, body, model, tokenizer))
+
+
+async def completions(request: web.Request) -> web.StreamResponse:
+    api, context = request.app[API], request[CONTEXT]
+    need(context.caller, "infer")
+    raw = await request.read()
+    body = read_body(CompletionBody, read_object(raw))
+    model = find_model(api, body.model)
+    tokenizer = await api.service.tokenizer(model.id)
+    return await respond(request, await completion_call(api, context, request, raw, body, model, tokenizer))
+
+
+async def chat_call(
+    api: Api, context: Context, request: web.Request, raw: bytes, body: ChatBody, model: ModelInfo, tokenizer: Tokenizer
+) -> Call:
+    """A chat as a ``Call``.  RequestError names whatever cannot be done."""
+    logprobs = params.chat_logprobs(body.logprobs, body.top_logprobs)
+    supported = api.service.supports_grammar(model.id)
+    structure = await structure_of(body.response_format, body.tools, body.tool_choice, supported=supported)
+    sampling = _sampling(api, request, body, model, tokenizer, logprobs=logprobs, grammar=structure.grammar)
+    text = await chat_text(tokenizer, body.messages, body, list(structure.tools))
+    ids = await encode_off_loop(tokenizer, text, special=False)
+    wanted = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    param = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+    limit = params.fit(len(ids), wanted, api.settings.default_max_tokens, model, param=param)
+    base = _base_request(context, request, raw, body, model, sampling, "chat")
+    requests = _choices(base, tuple(ids), limit, body.n or 1, first=0)
+    choices = tuple(Choice(at, each) for at, each in enumerate(requests))
+    return Call(choices, len(ids), tokenizer, structure)
+
+
+async def completion_call(
+    api: Api,
+    context: Context,
+    request: web.Request,
+    raw: bytes,
+    body: CompletionBody,
+    model: ModelInfo,
+    tokenizer: Tokenizer,
+) -> Call:
+    """A completion of one or many prompts as a ``Call``; choices are numbered prompt by prompt."""
+    logprobs = params.completion_logprobs(body.logprobs)
+    supported = api.service.supports_grammar(model.id)
+    structure = await structure_of(body.response_format, None, None, supported=supported)
+    n, echo = body.n or 1, bool(body.echo)
+    prompts = params.prompts_of(body.prompt, model.vocab_size, max(1, MAX_PROMPTS // max(1, n)))
+    sampling = _sampling(api, request, body, model, tokenizer, logprobs=logprobs, grammar=structure.grammar)
+    base = _base_request(context, request, raw, body, model, sampling, "completion")
+    base = msgspec.structs.replace(base, echo=echo, prompt_logprobs=logprobs if echo else -1)
+    nothing = body.max_tokens == 0 and echo  # score the prompt only: draw one token and do not show it
+    choices: list[Choice] = []
+    total = 0
+    for prompt in prompts:
+        ids, text = await _prompt(tokenizer, prompt, echo)
+        total += len(ids)
+        limit = params.fit(len(ids), 1 if nothing else body.max_tokens, COMPLETION_TOKENS, model, param="max_tokens")
+        requests = _choices(base, ids, limit, n, first=len(choices))
+        choices += [Choice(each.choice, each, text, nothing) for each in requests]
+    return Call(tuple(choices), total, tokenizer, structure)
+
+
+async def _prompt(tokenizer: Tokenizer, prompt: str | tuple[int, ...], echo: bool) -> tuple[tuple[int, ...], str]:
+    """A prompt's ids, and its text where it is to be echoed."""
+    if not isinstance(prompt, str):
+        return prompt, tokenizer.decode(prompt) if echo else ""
+    ids = await encode_off_loop(tokenizer, prompt, special=True)
+    if not ids:
+        raise RequestError("prompt must hold at least one token", param="prompt", code="invalid_prompt")
+    return tuple(ids), prompt if echo else ""
+
+
+async def chat_text(
+    tokenizer: Tokenizer, messages: list[dict[str, Any]], body: Any, tools: list[dict[str, Any]] | None = None
+) -> str:
+    """The prompt by the chat template; ``body`` has the template's switches (a chat's or a tokenize request's)."""
+    extra, going_on = body.chat_template_kwargs or {}, bool(body.continue_final_message)
+    if len(extra) > TEMPLATE_ARGUMENTS or RESERVED & extra.keys():
+        raise RequestError(
+            f"chat_template_kwargs may not hold {', '.join(sorted(RESERVED))}, nor over {TEMPLATE_ARGUMENTS} names",
+            param="chat_template_kwargs",
+            code="invalid_request",
+        )
+    add = not going_on if body.add_generation_prompt is None else body.add_generation_prompt
+    if add and going_on:
+        raise RequestError(
+            "continue_final_message and add_generation_prompt exclude each other",
+            param="continue_final_message",
+            code="invalid_request",
+        )
+    clean = normalise(messages)
+    size = sum(len(message["content"]) for message in clean)
+
+    def render() -> str:
+        return tokenizer.chat(
+            clean, tools=tools, add_generation_prompt=add, continue_final_message=going_on, extra=extra
+        )
+
+    return await off_loop(size > LONG_TEXT, render)
+
+
+RESERVED = frozenset(
+    {"tokenize", "tools", "add_generation_prompt", "continue_final_message", "chat_template", "conversation",
+     "return_dict", "return_tensors", "tokenizer_kwargs", "padding", "truncation", "max_length", "documents",
+     "return_assistant_tokens_mask"}
+)  # fmt: skip
+"""Arguments of the template call that are not the template's variables."""
+
+
+def _sampling(
+    api: Api,
+    request: web.Request,
+    body: GenerationBody,
+    model: ModelInfo,
+    tokenizer: Tokenizer,
+    *,
+    logprobs: int,
+    grammar: str,
+) -> SamplingParams:
+    seed = api.service.draw_seed(_idempotency_key(request)) if body.seed is None else body.seed
+    return params.sampling_of(body, model, tokenizer.eos_ids, logprobs=logprobs, grammar=grammar, seed=seed)
+
+
+def _base_request(
+    context: Context,
+    request: web.Request,
+    raw: bytes,
+    body: GenerationBody,
+    model: ModelInfo,
+    sampling: SamplingParams,
+    form: Form,
+) -> GenerationRequest:
+    """What all choices share; prompt, max_tokens, seed and session differ."""
+    extras, options = params.mesh_extras(body.mesh), body.stream_options
+    context.session = secrets.token_hex(16)
+    return GenerationRequest(
+        session=context.session,
+        request_id=context.request_id,
+        model=model.id,
+        prompt=(),
+        sampling=sampling,
+        stop=params.stops_of(body.stop),
+        priority=extras.priority,
+        timeout_s=extras.timeout_s,
+        max_retries=extras.max_retries,
+        balance=extras.balance,
+        allowed_nodes=extras.allowed_nodes,
+        caller=context.caller.id,
+        trace=context.trace,
+        idempotency_key=_idempotency_key(request),
+        body_hash=hashlib.sha256(raw).hexdigest(),
+        form=form,
+        stream=bool(body.stream),
+        include_usage=bool(options and options.include_usage),
+        response_id=("chatcmpl-" if form == "chat" else "cmpl-") + context.session,
+        created=int(time.time()),
+    )
+
+
+def _choices(
+    base: GenerationRequest, prompt: tuple[int, ...], max_tokens: int, n: int, *, first: int
+) -> list[GenerationRequest]:
+    """n choices of one prompt, each drawing with a seed of its own."""
+    made = []
+    for at in range(n):
+        seed = (base.sampling.seed + at) % 2**64
+        sampling = msgspec.structs.replace(base.sampling, max_tokens=max_tokens, seed=seed)
+        index = first + at
+        session = base.session if index == 0 else f"{base.session}-{index}"
+        made.append(msgspec.structs.replace(base, prompt=prompt, sampling=sampling, session=session, choice=index))
+    return made
+
+
+def _idempotency_key(request: web.Request) -> str:
+    key = request.headers.get("Idempotency-Key", "")
+    if len(key) > 255:
+        raise RequestError("Idempotency-Key is longer than 255 characters", code="invalid_request")
+    return key
+
+
+def find_model(api: Api, name: str | None) -> ModelInfo:
+    """The model of that name; where none is named, the only one there is."""
+    models = api.service.models()
+    if not name:
+        if len(models) == 1:
+            return models[0]
+        raise RequestError("model is missing", param="model", code="model_not_found")
+    for model in models:
+        if model.id == name:
+            return model
+    known = ", ".join(m.id for m in models[:10]) or "none"
+    raise RequestError(
+        f"the model {name[:100]!r} does not exist here; there is: {known}",
+        param="model",
+        code="model_not_found",
+        status=404,
+    )
+
+
+async def list_models(request: web.Request) -> web.Response:
+    api = request.app[API]
+    return json_response({"object": "list", "data": [_model(api, model) for model in api.service.models()]})
+
+
+async def show_model(request: web.Request) -> web.Response:
+    api = request.app[API]
+    return json_response(_model(api, find_model(api, request.match_info["id"])))
+
+
+def _model(api: Api, model: ModelInfo) -> dict[str, Any]:
+    return {
+        "id": model.id,
+        "object": "model",
+        "created": api.started,
+        "owned_by": "mesh",
+        "max_model_len": model.max_context,
+        "root": model.id,
+        "parent": None,
+    }
