@@ -23,6 +23,9 @@ class BroadcastQueue(Generic[T]):
     def __len__(self) -> int:
         return len(self._tier_of)
 
+    def __bool__(self) -> bool:
+        return bool(self._tier_of)
+
     def __contains__(self, subject: NodeId) -> bool:
         return subject in self._tier_of
 

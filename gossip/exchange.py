@@ -55,12 +55,12 @@ class Exchange:
 
     @property
     def deadline(self) -> float:
-        return min(self.profiles.next_pull(), self.profiles.load_due(), self._watch_at)
+        return min(self.profiles.next_pull(), self.profiles.load_due, self._watch_at)
 
     def tick(self, now: float) -> None:
         if self.profiles.next_pull() <= now:
             self._pull(now)
-        if self.profiles.load_due() <= now:
+        if self.profiles.load_due <= now:
             self._push_load(now)
         if self._watch_at <= now:
             self._watch(now)
@@ -98,7 +98,7 @@ class Exchange:
             for start in range(0, len(nodes), WANTED_PER_MESSAGE):
                 self._send(source, Want(tuple(nodes[start : start + WANTED_PER_MESSAGE])))
 
-    def on_want(self, message: Want, sender: NodeId) -> None:
+    def on_want(self, message: Want, sender: NodeId, now: float) -> None:
         """Rows go by datagram where they fit one, else over the stream."""
         small: list[ProfileRow] = []
         big: list[ProfileRow] = []
@@ -116,8 +116,8 @@ class Exchange:
         elif small:
             self._send(sender, Rows(tuple(small)))
 
-    def on_rows(self, rows: Sequence[ProfileRow], sender: NodeId) -> None:
-        for row in rows:
+    def on_rows(self, message: Rows | BigRows, sender: NodeId, now: float) -> None:
+        for row in message.rows:
             try:
                 self._accept(row)
             except PeerError as error:
@@ -154,7 +154,10 @@ class Exchange:
         for node in self.members.present if small else list(self._watchers):
             self._send(node, LoadPush(row))
 
-    def on_watch(self, sender: NodeId, now: float) -> None:
+    def on_load_push(self, message: LoadPush, sender: NodeId, now: float) -> None:
+        self.on_load(sender, message.row)
+
+    def on_watch(self, message: Watch, sender: NodeId, now: float) -> None:
         known = sender in self._watchers
         if known or len(self._watchers) < MAX_WATCHERS:
             self._watchers[sender] = now + 3 * self.config.watch_period_s

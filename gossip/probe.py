@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from enum import Enum
 
@@ -68,9 +69,11 @@ class Probes:
     @property
     def deadline(self) -> float:
         """Of the next thing to do here; infinity: nothing."""
-        due = min((probe.deadline for probe in self._own.values()), default=float("inf"))
-        if self._relays:
-            due = min(due, min(relay.deadline for relay in self._relays.values()))
+        due = math.inf
+        for probe in self._own.values():
+            due = min(due, probe.deadline)
+        for relay in self._relays.values():
+            due = min(due, relay.deadline)
         return due
 
     def _number(self) -> int:
@@ -89,12 +92,13 @@ class Probes:
         self._own[probe.seq] = probe
         return probe
 
-    def answered(self, seq: int, by: NodeId) -> Probe | None:
-        """``by`` answered: the probe that this ends, if it was its target."""
+    def answered(self, seq: int, by: NodeId, heard_from: NodeId) -> Probe | None:
+        """``by`` answered, as itself or a helper says: the probe that this ends, if it was its target."""
         probe = self._own.get(seq)
-        if probe is None or probe.target != by:
+        if probe is None or probe.target != by or (heard_from != by and heard_from not in probe.helpers):
             return None
-        return self._own.pop(seq)
+        del self._own[seq]
+        return probe
 
     def nacked(self, seq: int, helper: NodeId) -> None:
         probe = self._own.get(seq)

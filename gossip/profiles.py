@@ -76,6 +76,8 @@ class Profiles:
         """The latest own profile, published or not."""
         self._published_at = -math.inf
         self._load_published_at = -math.inf
+        self.load_due = math.inf
+        """When the own load is to be told; infinity: there is nothing new to tell."""
         self.pulls: dict[NodeId, Pull] = {}
 
     # -- reading
@@ -104,6 +106,7 @@ class Profiles:
     def set_own(self, profile: NodeProfile, least_version: int, now: float) -> bool:
         """Note the own profile; True: a new version of the row was made and must be announced."""
         self._wanted = profile
+        self._plan_load()
         held = self._decoded.get(self.me)
         said = msgspec.structs.replace(profile, load=Load())
         if held is not None:
@@ -127,14 +130,12 @@ class Profiles:
         if held is not None:
             self._publish_row(held, version + 1, now)
 
-    def load_due(self) -> float:
-        """When the own load may be told; infinity: there is nothing new to tell."""
-        if self._wanted is None:
-            return math.inf
+    def _plan_load(self) -> None:
+        """The own load is told when it changed enough, and not too often."""
+        assert self._wanted is not None
         held = self._loads.get(self.me)
-        if not load_changed(held.load if held else Load(), self._wanted.load, self.config.load_change):
-            return math.inf
-        return self._load_published_at + self.config.load_period_s
+        changed = load_changed(held.load if held else Load(), self._wanted.load, self.config.load_change)
+        self.load_due = self._load_published_at + self.config.load_period_s if changed else math.inf
 
     def publish_load(self, least_version: int, now: float) -> LoadRow:
         """The next version of the own load."""
@@ -143,6 +144,7 @@ class Profiles:
         row = LoadRow(max(least_version, held.version + 1 if held else 0), self._wanted.load)
         self._store_load(self.me, row)
         self._load_published_at = now
+        self.load_due = math.inf
         return row
 
     # -- others' rows
@@ -196,7 +198,8 @@ class Profiles:
         self.pulls[node] = Pull(version, source, now, spread=spread or bool(pull and pull.spread))
 
     def next_pull(self) -> float:
-        return min((pull.at for pull in self.pulls.values()), default=math.inf)
+        """When to ask for a row again; infinity: none is missing."""
+        return min([pull.at for pull in self.pulls.values()]) if self.pulls else math.inf
 
     def due_pulls(self, now: float) -> dict[NodeId, list[NodeId]]:
         """Whom to ask now for which rows: first who told, then the owner; given up after three tries."""

@@ -55,6 +55,8 @@ class Roster:
         self.leaving = False
         self._suspects: dict[NodeId, float] = {}
         """Deadline of each running suspicion."""
+        self._verdict_at: float | None = None
+        """The smallest of them; ``None``: to be computed."""
         self._expelled: dict[NodeId, None] = {}
 
     # -- the own record
@@ -214,9 +216,11 @@ class Roster:
             if member.suspicion is None or risen:
                 member.suspicion = Suspicion(self.members.n, now, self.config)
             self._suspects[node] = member.suspicion.deadline(len(member.accusers))
-        else:
+            self._verdict_at = None
+        elif member.suspicion is not None:
             member.suspicion = None
-            self._suspects.pop(node, None)
+            del self._suspects[node]
+            self._verdict_at = None
         if state is State.DEAD and old is not State.DEAD:
             self.recently_dead[node] = now
         elif state is not State.DEAD:
@@ -234,10 +238,13 @@ class Roster:
             self.to_tell.append((node, member.update()))
 
     @property
-    def next_verdict(self) -> float:
-        return min(self._suspects.values(), default=math.inf)
+    def deadline(self) -> float:
+        """Of the next verdict."""
+        if self._verdict_at is None:
+            self._verdict_at = min(self._suspects.values(), default=math.inf)
+        return self._verdict_at
 
-    def judge(self, now: float) -> None:
+    def tick(self, now: float) -> None:
         """Declare dead whoever did not refute in time."""
         for node in [node for node, deadline in self._suspects.items() if deadline <= now]:
             member = self.members.get(node)
@@ -252,6 +259,7 @@ class Roster:
             assert member.suspicion is not None, node
             member.suspicion.excused += max(seconds, earliest - self._suspects[node])
             self._suspects[node] = member.suspicion.deadline(len(member.accusers))
+            self._verdict_at = None
 
     # -- the dead
 

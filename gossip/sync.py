@@ -11,12 +11,18 @@
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from gossip.config import GossipConfig
+from gossip.events import Joined
+from gossip.exchange import Exchange
 from gossip.members import Member, Members, bucket_of
-from gossip.messages import BUCKETS, State, SyncRow, SyncRows
+from gossip.messages import BUCKETS, Buckets, Join, Message, Root, State, SyncRow, SyncRows, Version
+from gossip.roster import Roster
+from mesh.core import Effect, Emit, Rejected
+from mesh.types import NodeId
 
 ROWS_PER_MESSAGE = 512
 
@@ -102,3 +108,90 @@ class Pace:
         when = now + self._period * self._rng.uniform(0.8, 1.2)
         self._period = min(self._period * 2.0, self.config.sync_period_s)
         return when
+
+
+class Comparer:
+    """Joins, and keeps tables equal.  ``send(to, message)`` and ``out`` are the core's."""
+
+    def __init__(
+        self,
+        config: GossipConfig,
+        roster: Roster,
+        exchange: Exchange,
+        rng: random.Random,
+        send: Callable[[NodeId, Message], None],
+        out: list[Effect],
+    ) -> None:
+        self.config, self._roster, self._members, self._exchange = config, roster, roster.members, exchange
+        self._rng, self._send, self._out = rng, send, out
+        self._pace = Pace(config, rng)
+        self._seeds: list[NodeId] = []
+        self._join_wait = config.join_retry_s
+        self._join_at = self._sync_at = math.inf
+
+    @property
+    def deadline(self) -> float:
+        return min(self._join_at, self._sync_at)
+
+    def start(self, seeds: list[NodeId], now: float) -> None:
+        self._seeds = seeds
+        self._join_at = now if seeds else math.inf
+        self._sync_at = self._pace.next(now)
+
+    def stop(self) -> None:
+        self._join_at = self._sync_at = math.inf
+
+    def tick(self, now: float) -> None:
+        if self._join_at <= now:
+            self._join(now)
+        if self._sync_at <= now:
+            self._sync_at = self._pace.next(now)
+            for node in self._members.sample(1):
+                self.compare_with(node)
+
+    def _join(self, now: float) -> None:
+        """Ask three seeds at a time, more slowly each time, until one answers."""
+        for node in self._rng.sample(self._seeds, min(3, len(self._seeds))):
+            self._send(node, Join(self._roster.own.update()))
+        self._join_at = now + self._join_wait
+        self._join_wait = min(self._join_wait * 1.5, 10.0)
+
+    def compare_with(self, node: NodeId) -> None:
+        self._send(node, Root(self._members.root()))
+
+    def ask(self, stranger: NodeId) -> None:
+        """Have ``stranger`` tell its rows, its own among them."""
+        self._send(stranger, Buckets(self._members.hashes()))
+
+    def on_join(self, message: Join, sender: NodeId, now: float) -> None:
+        if message.update.record.node != sender:
+            return self._out.append(Emit(Rejected(sender, "joined in another's name")))
+        self._roster.apply(message.update, sender, now)
+        for rows in tell(self._members, list(range(BUCKETS)), now, answer=False):
+            self._send(sender, rows)
+
+    def on_root(self, message: Root, sender: NodeId, now: float) -> None:
+        if message.root != self._members.root():
+            self._send(sender, Buckets(self._members.hashes()))
+
+    def on_buckets(self, message: Buckets, sender: NodeId, now: float) -> None:
+        buckets = differing(self._members.hashes(), message.hashes)
+        for rows in tell(self._members, buckets, now, answer=True):
+            self._send(sender, rows)
+
+    def on_rows(self, message: SyncRows, sender: NodeId, now: float) -> None:
+        if not honest(message):
+            return self._out.append(Emit(Rejected(sender, "rows of other buckets, or of impossible age")))
+        news = 0
+        for row in message.rows:
+            news += self._roster.apply(row.update, sender, now, synced=True, age_s=float(row.age_s))
+            if row.version:
+                self._exchange.hear(Version(row.update.record.node, row.version), sender, now, spread=False)
+        if self._pace.found(news):
+            self._sync_at = min(self._sync_at, self._pace.next(now))
+        answer = reply(self._members, message, now) if message.answer else None
+        if answer is not None:
+            self._send(sender, answer)
+        if self._join_at < math.inf:
+            self._join_at = math.inf
+            self._out.append(Emit(Joined(sender)))
