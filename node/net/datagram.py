@@ -63,10 +63,12 @@ class Datagrams(asyncio.DatagramProtocol):
             self.counts.dropped += 1
             return False
         sealed = self._ring.seal(self._me, message, self._wall_clock())
+        dropped = self.counts.dropped
         try:
             self._transport.sendto(sealed, address)
-        except (OSError, ValueError):  # uvloop raises ValueError for an address of another family
+        except (OSError, ValueError):  # uvloop raises for an address of another family, asyncio tells error_received
             self.counts.dropped += 1
+        if self.counts.dropped != dropped:
             return False
         self.counts.sent += 1
         self.counts.sent_bytes += len(sealed)

@@ -9,12 +9,14 @@ POST /peer/join/start, /peer/join/finish    the only paths for who has no certif
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 import time
 from collections.abc import Awaitable, Callable
 
 import msgspec
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from mesh.errors import CapacityError, MeshError, PeerError, PeerUnreachable
 from mesh.types import NodeId
@@ -67,7 +69,7 @@ class Door:
         self._tls, self._on_frame, self._allowed, self._admit = tls, on_frame, allowed, admit
         self._wall_clock = wall_clock
         self._verbs: dict[str, Handler] = {}
-        self._live: dict[NodeId, set[web.Request]] = {}
+        self._live: dict[NodeId, dict[int, web.Request]] = {}
         self._streams: dict[tuple[NodeId, Lane], InStream] = {}
         self._challenges = Challenges()
         self._joining = 0
@@ -77,7 +79,12 @@ class Door:
         self._app.router.add_post("/peer/rpc/{verb}", self._rpc)
         self._app.router.add_post("/peer/join/start", self._join_start)
         self._app.router.add_post("/peer/join/finish", self._join_finish)
-        self._runner = web.AppRunner(self._app, access_log=None, shutdown_timeout=1.0, handle_signals=False)
+        logger = logging.Logger("node.net.door")
+        logger.parent = logging.getLogger("node.net")
+        logger.addFilter(self._is_ours)
+        self._runner = web.AppRunner(
+            self._app, access_log=None, logger=logger, shutdown_timeout=1.0, handle_signals=False
+        )
 
     def on_rpc(self, verb: str, handler: Handler) -> None:
         """Serve ``POST /peer/rpc/<verb>``; also while running."""
@@ -102,7 +109,7 @@ class Door:
 
     def drop(self, node_id: NodeId) -> None:
         """Close every connection on which ``node_id`` has something open."""
-        for request in list(self._live.get(node_id, ())):
+        for request in list(self._live.get(node_id, {}).values()):
             if request.transport is not None:
                 request.transport.abort()
 
@@ -113,6 +120,14 @@ class Door:
         for node_id in list(self._live):
             self.drop(node_id)
         await self._runner.cleanup()
+
+    def _is_ours(self, record: logging.LogRecord) -> bool:
+        """Log what our handlers raise; count what strangers send that is not HTTP, or their garbage fills the log."""
+        error = record.exc_info[1] if record.exc_info else None
+        if isinstance(error, HttpProcessingError):
+            self.counts.garbage += 1
+            return False
+        return True
 
     # -- who is there -----------------------------------------------------------------------------------------------
 
@@ -135,17 +150,17 @@ class Door:
         node_id = self._member(request)
         if node_id is None:
             return _fault(403, "forbidden", "a certificate of this mesh is needed: join first")
-        live = self._live.setdefault(node_id, set())
+        live = self._live.setdefault(node_id, {})
         if len(live) >= MAX_LIVE_PER_PEER:
             raise CapacityError("too many requests at once from one peer")
         request[PEER] = node_id
-        live.add(request)
+        live[id(request)] = request
         try:
             return await handler(request)
         finally:
-            live.discard(request)
+            del live[id(request)]
             if not live:
-                self._live.pop(node_id, None)
+                del self._live[node_id]
 
     def _member(self, request: web.Request) -> NodeId | None:
         """The caller's id, when its verified certificate is of this mesh and it is not revoked."""
