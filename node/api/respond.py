@@ -35,15 +35,18 @@ async def _whole(context: Context, run: Run, call: Call) -> web.Response:
 
 
 async def _stream(request: web.Request, api: Api, context: Context, run: Run, call: Call) -> web.StreamResponse:
-    """Headers go out once the first generation is open, so that a refusal still has its own HTTP status."""
+    """Headers go out once the first generation is open, so that a refusal still has its own HTTP status.
+
+    One that waits in the queue for longer than a comment's time gets them then, and a refusal as an event.
+    """
     render, stream = make_render(call), EventStream(api.settings.keepalive_s)
     try:
         while not run.finished:
-            items = await run.take(stream.silence_s if stream.started else None)
+            items = await run.take(stream.silence_s if stream.started else api.settings.keepalive_s)
             for item in items:
                 if isinstance(item, Opened):
                     _note_route(context, item)
-            if items and not stream.started:
+            if not stream.started:
                 await stream.start(request)
             await stream.send([event for item in items for event in _events(render, item)])
             for item in items:

@@ -1,0 +1,237 @@
+"""The SDK against real HTTP servers over fake nodes."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+
+import pytest
+
+from client import (
+    AsyncMeshClient,
+    BadRequest,
+    Busy,
+    NoNodeReachable,
+    NotAllowed,
+    NotFound,
+    StreamFailed,
+    StreamInterrupted,
+    Unavailable,
+)
+from mesh.errors import CapacityError, NoRoute
+from node.api.service import Recovery
+from tests.client.conftest import Served
+from tests.fakes import make_tokenizer
+
+REPLY = "Hello there, how are you?"
+HI = [{"role": "user", "content": "Hi"}]
+DEAD = "http://127.0.0.1:1"
+Two = tuple[Served, Served]
+
+
+def client(*served: Served | str, **settings: object) -> AsyncMeshClient:
+    urls = [each if isinstance(each, str) else each.url for each in served]
+    return AsyncMeshClient(urls, rng=random.Random(3), **settings)  # type: ignore[arg-type]
+
+
+async def test_a_whole_answer(two: Two) -> None:
+    two[0].service.recoveries = (Recovery("reset", "bob:4-8", "connection", 5.0, 7, "bitwise"),)
+    async with client(two[0], learn=False) as mesh:
+        answer = await mesh.chat(HI, temperature=0, seed=4, logprobs=True)
+    request = two[0].service.opened[0].request
+    assert (answer.text, answer.finish_reason, answer.model) == (REPLY, "stop", "demo")
+    assert (answer.session, answer.route) == (request.session, "ann:0-4,bob:4-8")
+    assert answer.usage.prompt_tokens == len(request.prompt)
+    assert answer.usage.completion_tokens == two[0].service.opened[0].drawn
+    assert answer.usage.recoveries[0]["cause"] == "reset"
+    assert answer.choices[0].logprobs is not None
+    assert len(answer.choices[0].logprobs["content"]) == answer.usage.completion_tokens
+    assert (request.sampling.temperature, request.sampling.seed) == (0, 4)
+    assert request.idempotency_key
+
+
+async def test_a_stream(two: Two) -> None:
+    async with client(two[0]) as mesh:
+        pieces = [piece async for piece in mesh.chat(HI, stream=True)]
+        assert "".join(piece.text for piece in pieces) == REPLY
+        assert pieces[-1].usage is not None
+        assert pieces[-2].finish_reason == "stop"
+        assert all(piece.session and piece.route for piece in pieces)
+        stream = await mesh.complete("Once", stream=True, max_tokens=50)
+        assert stream.progress.session
+        assert "".join([piece.text async for piece in stream]) == REPLY
+        assert stream.progress.texts == {0: REPLY}
+        assert stream.progress.event_ids[0].endswith(f":{len(REPLY)}")
+        assert stream.progress.finished == {0}
+
+
+async def test_a_completion_and_choices(two: Two) -> None:
+    async with client(two[0]) as mesh:
+        answer = await mesh.complete(["Once", "Twice"], n=2, max_tokens=3, logprobs=1, echo=True)
+    assert len(answer.choices) == 4
+    assert answer.text.startswith("Once")
+    assert answer.choices[0].logprobs is not None
+    assert answer.choices[0].logprobs["token_logprobs"][0] is None
+
+
+async def test_tool_calls(two: Two) -> None:
+    text = '<tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>'
+    two[0].service.script = lambda request: [*make_tokenizer().encode(text, special=False), 1]
+    async with client(two[0], learn=False) as mesh:
+        answer = await mesh.chat(HI, tools=[{"type": "function", "function": {"name": "f"}}])
+    assert answer.finish_reason == "tool_calls"
+    assert answer.choices[0].tool_calls[0]["function"] == {"name": "f", "arguments": '{"a":1}'}
+
+
+async def test_models_status_and_cancel(two: Two) -> None:
+    async with client(two[0]) as mesh:
+        assert await mesh.models() == ["demo"]
+        assert (await mesh.status())["name"] == "ann"
+        assert await mesh.cancel("nothing") is False
+        two[0].service.hold_after = two[1].service.hold_after = 1
+        async with mesh.chat(HI, stream=True) as stream:
+            assert await mesh.cancel(stream.progress.session) is True
+
+
+async def test_the_other_nodes_are_learned_and_the_load_is_spread(two: Two) -> None:
+    async with client(two[0]) as mesh:
+        await mesh.chat(HI)
+        assert mesh._learner is not None
+        await mesh._learner
+        assert set(mesh.nodes.urls()) == {two[0].url, two[1].url}
+        for each in two:
+            each.service.hold_after = 1
+        streams = [await mesh.chat(HI, stream=True) for _ in range(6)]
+        assert [len(each.service.live) for each in two] == [3, 3]
+        for each in two:
+            each.service.gate.set()
+        for stream in streams:
+            assert "".join([piece.text async for piece in stream]) == REPLY
+
+
+async def test_a_dead_node_is_passed_over_and_left_alone(two: Two) -> None:
+    async with client(DEAD, two[0], learn=False) as mesh:
+        for _ in range(5):
+            assert (await mesh.chat(HI)).text == REPLY
+        assert mesh.nodes._nodes[DEAD].failures <= 1
+
+
+async def test_a_node_that_dies_before_the_first_token_costs_nothing(two: Two) -> None:
+    two[0].service.hold_after = 0
+    async with client(two[0]) as mesh:
+        mesh.nodes.learn([two[1].url], two[0].url)
+        mesh.nodes.began(two[1].url)  # so that the first is asked
+        answer = asyncio.create_task(mesh.chat(HI))
+        await two[0].service.began.wait()
+        two[0].kill()
+        assert (await answer).text == REPLY
+    keys = {each.service.opened[0].request.idempotency_key for each in two}
+    assert len(keys) == 1, "the second attempt is known as a repeat"
+
+
+async def test_a_node_that_dies_in_the_middle_is_told_with_all_that_is_needed_to_go_on(two: Two) -> None:
+    two[0].service.hold_after = 6
+    pieces = []
+    async with client(two[0], learn=False) as mesh:
+        stream = await mesh.chat(HI, stream=True)
+
+        async def read() -> None:
+            async for piece in stream:
+                pieces.append(piece)
+                if stream.progress.event_ids.get(0, "").startswith("0:6:"):
+                    two[0].kill()
+
+        with pytest.raises(StreamInterrupted) as caught:
+            await read()
+    progress = caught.value.progress
+    assert REPLY.startswith(progress.texts[0])
+    assert progress.event_ids[0] == f"0:6:{len(progress.texts[0])}"
+    assert progress.session == two[0].service.opened[0].request.session
+    assert "".join(piece.text for piece in pieces) == progress.texts[0]
+
+
+async def test_a_busy_node_is_passed_over(two: Two) -> None:
+    two[0].service.refuse = [CapacityError("full", 1.0) for _ in range(9)]
+    async with client(*two, patience_s=0.01) as mesh:
+        for _ in range(5):
+            assert (await mesh.chat(HI)).text == REPLY
+    assert len(two[1].service.opened) == 5
+
+
+async def test_patience_ends_with_what_the_mesh_said(two: Two) -> None:
+    async with client(two[0], learn=False, patience_s=0.01) as mesh:
+        two[0].service.refuse = [CapacityError("full", 7.0)]
+        with pytest.raises(Busy, match="full") as busy:
+            await mesh.chat(HI)
+        assert busy.value.retry_after_s == 7.0
+        two[0].service.refuse = [NoRoute("no live node holds layers [2, 4) of demo")]
+        with pytest.raises(Unavailable, match=r"layers \[2, 4\)") as unavailable:
+            await mesh.chat(HI)
+        assert unavailable.value.code == "no_route"
+
+
+async def test_nobody_there() -> None:
+    async with client(DEAD, patience_s=0.2) as mesh:
+        with pytest.raises(NoNodeReachable, match=r"127\.0\.0\.1:1") as caught:
+            await mesh.chat(HI)
+        assert set(caught.value.failures) == {DEAD}
+        with pytest.raises(NoNodeReachable):
+            await mesh.models()
+
+
+async def test_the_callers_fault_is_told_at_once(two: Two) -> None:
+    async with client(*two) as mesh:
+        with pytest.raises(BadRequest) as bad:
+            await mesh.chat(HI, temperature=9)
+        assert (bad.value.param, bad.value.status) == ("temperature", 400)
+        with pytest.raises(NotFound):
+            await mesh.chat(HI, model="gpt-9")
+    assert not two[0].service.opened + two[1].service.opened
+
+
+async def test_keys() -> None:
+    served = await Served("ann", host="0.0.0.0").start()
+    async with client(served) as mesh:
+        with pytest.raises(NotAllowed):
+            await mesh.chat(HI)
+    async with client(served, api_key="mk-infer") as mesh:
+        assert (await mesh.chat(HI)).text == REPLY
+    await served.stop()
+
+
+async def test_an_error_in_the_middle_is_told(two: Two) -> None:
+    two[0].service.break_after = 3
+    async with client(two[0], learn=False) as mesh:
+        with pytest.raises(StreamFailed, match="route was lost") as caught:
+            await mesh.chat(HI)
+    assert caught.value.code == "session_lost"
+    assert REPLY.startswith(caught.value.progress.texts[0])
+
+
+async def test_a_node_that_falls_silent_counts_as_gone(two: Two) -> None:
+    two[0].service.hold_after = 3
+    async with client(two[0], learn=False, silence_s=0.1) as mesh:
+        with pytest.raises(StreamInterrupted):
+            await mesh.chat(HI)
+        assert mesh.nodes._nodes[two[0].url].failures == 1
+
+
+async def test_hanging_up_frees_the_session(two: Two) -> None:
+    two[0].service.hold_after = 3
+    async with client(two[0], learn=False) as mesh:
+        async with mesh.chat(HI, stream=True) as stream:
+            await anext(stream)
+            two[0].service.ended.clear()
+        async with asyncio.timeout(2):
+            await two[0].service.ended.wait()
+        assert two[0].service.opened[0].cancelled == "disconnected"
+        assert mesh.nodes._nodes[two[0].url].outstanding == 0
+
+
+async def test_outstanding_counts_return_to_nothing(two: Two) -> None:
+    async with client(*two) as mesh:
+        await asyncio.gather(*(mesh.chat(HI) for _ in range(10)))
+        await mesh.models()
+        with pytest.raises(BadRequest):
+            await mesh.chat([])
+        assert {node.outstanding for node in mesh.nodes._nodes.values()} == {0}
