@@ -11,7 +11,6 @@ import msgspec
 
 from mesh.errors import MeshError, SessionLost
 from mesh.types import ModelId, ModelInfo
-from node.api.keys import hash_key, match_key
 from node.api.service import (
     Caller,
     CancelReason,
@@ -134,7 +133,7 @@ class FakeGeneration:
             position = len(request.prompt) + self.drawn
             self.drawn += 1
             yield TokenEvent(position, token, logprob_of(position, token), tops(position, token, sampling.logprobs))
-            if token in sampling.stop_token_ids and self.drawn > sampling.min_tokens:
+            if token in sampling.stop_token_ids and self.drawn >= sampling.min_tokens:
                 yield EndEvent("stop")
                 return
         yield EndEvent("length")
@@ -215,7 +214,7 @@ class FakeService:
         admin = Caller("admin", frozenset({"infer", "rag", "admin"}))
         pairs: list[tuple[str, Caller]] = [("mk-admin", admin), ("mk-infer", Caller("k1", frozenset({"infer"})))]
         pairs.append(("mk-rag", Caller("k2", frozenset({"rag"}))))
-        self._keys = [(hash_key(key), caller) for key, caller in pairs]
+        self._keys = dict(pairs)
         self._open = asyncio.Event()
         self._open.set()
 
@@ -261,7 +260,7 @@ class FakeService:
         return self.is_ready
 
     def check_key(self, key: str) -> Caller | None:
-        return match_key(key, self._keys)
+        return self._keys.get(key)
 
     async def token_create(self, ttl_s: float, uses: int | None) -> dict[str, Any]:
         self.calls.append(("token_create", ttl_s, uses))

@@ -10,7 +10,7 @@ from node.api.context import API, CONTEXT, Api, Context
 from node.api.errors import error_object, json_response
 from node.api.render import Render, make_render
 from node.api.run import Call, Delta, Opened, Run
-from node.api.sse import EventStream
+from node.api.sse import EventStream, Silence
 from node.telemetry import get_logger
 
 
@@ -39,10 +39,11 @@ async def _stream(request: web.Request, api: Api, context: Context, run: Run, ca
 
     One that waits in the queue for longer than a comment's time gets them then, and a refusal as an event.
     """
-    render, stream = make_render(call), EventStream(api.settings.keepalive_s)
+    silence = Silence(api.settings.keepalive_s, run.wake)
+    render, stream = make_render(call), EventStream(silence)
     try:
         while not run.finished:
-            items = await run.take(stream.silence_s if stream.started else api.settings.keepalive_s)
+            items = await run.take()
             for item in items:
                 if isinstance(item, Opened):
                     _note_route(context, item)
@@ -66,6 +67,8 @@ async def _stream(request: web.Request, api: Api, context: Context, run: Run, ca
             "stream failed", error=body["code"], why=type(error).__name__, exc_info=body["code"] == "internal_error"
         )
         await stream.send([(stream.last_id, {"error": body})])
+    finally:
+        silence.stop()
     return await stream.finish()
 
 

@@ -140,11 +140,12 @@ class Run:
 
     def __init__(self, api: Api, call: Call, started: float) -> None:
         self._api, self._call, self._started = api, call, started
-        self._queue: asyncio.Queue[Opened | Delta | BaseException] = asyncio.Queue(QUEUED_DELTAS)
+        self._queue: asyncio.Queue[Opened | Delta | BaseException | None] = asyncio.Queue(QUEUED_DELTAS)
         self._parallel = asyncio.Semaphore(PARALLEL)
         self._tasks: list[asyncio.Task[None]] = []
         self._open: dict[int, Generation] = {}
         self._left = len(call.choices)
+        self._failed: BaseException | None = None
         self.completion_tokens = 0
         self.cached_tokens = 0
         self.recoveries: list[Recovery] = []
@@ -163,32 +164,35 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        return self._left == 0 and self._queue.empty()
+        return self._left == 0 and self._failed is None and self._queue.empty()
 
-    async def take(self, wait_s: float | None = None) -> list[Opened | Delta]:
-        """What has come since the last call, at least one item; empty after ``wait_s`` without any.
+    async def take(self) -> list[Opened | Delta]:
+        """What has come since the last call; nothing after a ``wake``.
 
-        The first failure of any choice is raised: the whole request fails.
+        The first failure of any choice is raised, after what came before it: the whole request fails.
         """
-        items: list[Opened | Delta | BaseException] = []
+        if self._failed is not None:
+            raise self._failed
+        items: list[Opened | Delta] = []
+        item = await self._queue.get()
+        while True:
+            if isinstance(item, BaseException):
+                if not items:
+                    raise item
+                self._failed = item
+                break
+            if item is not None:
+                items.append(item)
+                self._left -= isinstance(item, Delta) and item.finish is not None
+            if self._queue.empty():
+                break
+            item = self._queue.get_nowait()
+        return items
+
+    def wake(self) -> None:
+        """Let ``take`` return, with whatever there is."""
         if self._queue.empty():
-            try:
-                async with asyncio.timeout(wait_s):
-                    items.append(await self._queue.get())
-            except TimeoutError:
-                return []
-        while not self._queue.empty():
-            items.append(self._queue.get_nowait())
-        good = [item for item in items if not isinstance(item, BaseException)]
-        self._left -= sum(isinstance(item, Delta) and item.finish is not None for item in good)
-        if good:
-            failed = next((item for item in items if isinstance(item, BaseException)), None)
-            if failed is not None:
-                self._queue.put_nowait(failed)  # shown after what came before it
-            return good
-        error = items[0]
-        assert isinstance(error, BaseException)
-        raise error
+            self._queue.put_nowait(None)
 
     def acknowledge(self, delta: Delta) -> None:
         """The client has ``delta`` and everything before it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -13,20 +14,45 @@ DONE = b"[DONE]"
 _encode = msgspec.json.Encoder().encode
 
 
+class Silence:
+    """Calls ``tick`` when ``put_off`` was not called for ``length_s``.  Putting off costs nothing: one timer in all."""
+
+    def __init__(self, length_s: float, tick: Callable[[], None]) -> None:
+        self._loop, self._length_s, self._tick = asyncio.get_running_loop(), length_s, tick
+        self.put_off()
+        self._timer = self._loop.call_at(self._due_at, self._fire)
+
+    @property
+    def due(self) -> bool:
+        return self._loop.time() >= self._due_at
+
+    def put_off(self) -> None:
+        self._due_at = self._loop.time() + self._length_s
+
+    def stop(self) -> None:
+        self._timer.cancel()
+
+    def _fire(self) -> None:
+        at = self._due_at
+        if self.due:
+            self._tick()
+            at = self._loop.time() + self._length_s
+        self._timer = self._loop.call_at(at, self._fire)
+
+
 class EventStream:
     """One response.  ``write`` waits while the client's buffers are full."""
 
-    def __init__(self, keepalive_s: float) -> None:
+    def __init__(self, silence: Silence) -> None:
         self._response = web.StreamResponse(headers=HEADERS)
-        self._keepalive_s = keepalive_s
-        self._comment_at = 0.0
+        self._silence = silence
         self.started = False
         self.last_id = ""
 
     async def start(self, request: web.Request) -> None:
         await self._response.prepare(request)
         self.started = True
-        self._put_off()
+        self._silence.put_off()
 
     async def send(self, events: list[tuple[str, dict[str, Any]]]) -> None:
         """(id, data) each, in one write."""
@@ -39,21 +65,13 @@ class EventStream:
         await self._response.write_eof()
         return self._response
 
-    @property
-    def silence_s(self) -> float:
-        """How long until a comment is due."""
-        return max(0.0, self._comment_at - asyncio.get_running_loop().time())
-
     async def comment_if_due(self) -> None:
-        if not self.silence_s:
+        if self._silence.due:
             await self._write(b": waiting\n\n")
 
     async def _write(self, data: bytes) -> None:
         await self._response.write(data)
-        self._put_off()
-
-    def _put_off(self) -> None:
-        self._comment_at = asyncio.get_running_loop().time() + self._keepalive_s
+        self._silence.put_off()
 
 
 def event(id_: str, data: bytes) -> bytes:

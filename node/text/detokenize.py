@@ -156,11 +156,11 @@ class ChoiceText:
         """The text to show after ``token``."""
         assert self.finish is None, "tokens after the end"
         self.tokens += 1
-        if token in self._stop_ids and self.tokens > self._min_tokens:
+        if token in self._stop_ids and self.tokens >= self._min_tokens:
             self.finish = "stop"
             return self._show(self._stops.flush())
         piece = self._detokenizer.push(token)
-        if self.tokens <= self._min_tokens:
+        if self.tokens < self._min_tokens:
             return self._show(piece)
         shown = self._stops.push(piece)
         if self._stops.matched is not None:

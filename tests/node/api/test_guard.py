@@ -6,7 +6,6 @@ import pytest
 
 from mesh.errors import ConfigError
 from node.api.guard import Guard, check_bind, is_loopback
-from node.api.keys import hash_key, make_key, match_key
 from tests.fakes import FakeService
 from tests.node.api.conftest import Http, chat_body, serve
 
@@ -127,13 +126,3 @@ def test_a_public_address_without_keys_is_refused() -> None:
         check_bind("0.0.0.0", has_keys=False)
     check_bind("0.0.0.0", has_keys=True)
     check_bind("127.0.0.1", has_keys=False)
-
-
-def test_keys() -> None:
-    key = make_key()
-    assert key.startswith("mk-")
-    assert len({make_key() for _ in range(10)}) == 10
-    stored = [(hash_key("mk-other"), 1), (hash_key(key), 2)]
-    assert match_key(key, stored) == 2
-    assert match_key("mk-no", stored) is None
-    assert match_key("\udc80 odd", stored) is None

@@ -221,3 +221,31 @@ async def test_a_stream_survives_a_dropped_connection_elsewhere(http: Http) -> N
     http.service.gate.set()
     events = await second
     assert events[-2][1]["choices"][0]["finish_reason"] == "stop"
+
+
+async def test_a_stream_that_waits_long_in_the_queue_is_kept_alive_too(service: FakeService) -> None:
+    """Its headers go out before its place is free; a refusal then comes as an event."""
+    async for http in serve(service, max_sessions=1, keepalive_s=0.02):
+        service.hold_after = 1
+        first = await http.session.post(CHAT, json=chat_body(stream=True))
+        async with http.session.post(CHAT, json=chat_body(stream=True)) as second:
+            assert second.status == 200
+            assert (await second.content.readline()).startswith(b":")
+            service.gate.set()
+            await second.content.readline()
+            assert parse_sse(await second.text())[-2][1]["choices"][0]["finish_reason"] == "stop"
+        service.refuse = [NoRoute("gone")]
+        assert (await first.text()).endswith("data: [DONE]\n\n")
+
+
+async def test_64_streams_at_once(http: Http) -> None:
+    http.service.hold_after = 3
+    tasks = [asyncio.create_task(http.stream(CHAT, chat_body())) for _ in range(80)]
+    async with asyncio.timeout(10):
+        while len(http.service.live) < 64 or http.server.api.gate.waiting < 16:  # noqa: ASYNC110 - two conditions
+            await asyncio.sleep(0.001)
+    assert (len(http.service.live), http.server.api.gate.waiting) == (64, 16)
+    http.service.gate.set()
+    for events in await asyncio.gather(*tasks):
+        assert events[-1][1] == "[DONE]"
+        assert "".join(d["choices"][0]["delta"].get("content", "") for _, d in events[:-1]) == REPLY
