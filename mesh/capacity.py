@@ -7,6 +7,8 @@ Decoding reads every weight once a step, whatever the batch, so it is bound by m
 
 from __future__ import annotations
 
+from bisect import bisect_left
+
 import msgspec
 
 from mesh.types import LayerSpan, ModelInfo, NodeId, Role
@@ -109,18 +111,15 @@ class Worker:
         return end - start <= self.rooms[start == 0, end == self.model.n_layers]
 
     def reach(self, start: int) -> int:
-        """The furthest end of a span that begins at ``start`` and fits; ``start`` itself when nothing does."""
+        """The furthest end of a span from ``start`` that fits (``start``: none); never falls as ``start`` rises."""
         n = self.model.n_layers
         if n - start <= self.rooms[start == 0, True]:
             return n
         return min(start + self.rooms[start == 0, False], n - 1)
 
     def earliest(self, end: int) -> int:
-        """The smallest start of a span that ends at or beyond ``end`` and fits."""
-        for start in range(end):
-            if self.reach(start) >= end:
-                return start
-        return end
+        """The smallest start of a span that ends at or beyond ``end`` and fits; ``end``: there is none."""
+        return bisect_left(range(end), end, key=self.reach)
 
 
 def overlap(span: LayerSpan | tuple[int, int], start: int, end: int) -> int:

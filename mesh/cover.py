@@ -18,16 +18,16 @@ from mesh.capacity import Worker
 from mesh.partition import Bounds
 from mesh.types import NodeId
 
-BRANCHES = 20_000
-"""Bound of one search, in branches times nodes: 7 nodes are searched out, 100 nodes cost some 20 ms."""
+BRANCHES = 12_000
+"""Bound of one search, in branches times nodes: 6 nodes are searched out, 100 nodes cost some 10 ms."""
 
 
 class _Item(NamedTuple):
     worker: Worker
     earliest: int
     """No interval that starts before this reaches the end of what must be held."""
-    latest: int | None
-    """Start of what must be held; ``None``: nothing must."""
+    latest: int
+    """Start of what must be held; beyond the last layer: nothing must."""
 
 
 def holders(spans: Mapping[NodeId, Bounds], n_layers: int) -> list[int]:
@@ -53,19 +53,20 @@ def cover(
         if anchor is not None:
             items.append(_Item(worker, worker.earliest(anchor[1]), anchor[0]))
         elif worker.reach(0) > 0 or worker.reach(1) > 1:
-            items.append(_Item(worker, 0, None))
+            items.append(_Item(worker, 0, n_layers))
     found = _Search(items, n_layers, k).run()
-    return None if found is None else _trimmed(found, n_layers, k, anchors)
+    return None if found is None else trimmed(found, n_layers, k, anchors)
 
 
 class _Search:
     def __init__(self, items: list[_Item], n_layers: int, k: int) -> None:
-        self.items = items
+        self.items = sorted(items, key=lambda item: (item.latest, -item.worker.room, item.worker.id))
+        """In the order to be tried: what must start soonest, then the free, the longest first."""
         self.n = n_layers
         self.k = k
         self.budget = BRANCHES // max(1, len(items))
         self.failed: set[tuple[int, tuple[int, ...], frozenset[int]]] = set()
-        self.longest = [max(i.worker.by_memory(False, False), i.worker.reach(0)) for i in items]
+        self.longest = [max(i.worker.by_memory(False, False), i.worker.reach(0)) for i in self.items]
 
     def run(self) -> dict[NodeId, Bounds] | None:
         starts = self._from(0, (), frozenset(range(len(self.items))))
@@ -78,7 +79,7 @@ class _Search:
         """Starts for ``rest`` so that [x, n) is covered k times, given the sorted ends of intervals that cover x."""
         placed: list[tuple[int, int]] = []
         while x < self.n:
-            forced = [i for i in sorted(rest) if self.items[i].latest == x]
+            forced = sorted(i for i in rest if self.items[i].latest == x)
             placed += [(i, x) for i in forced]
             rest = rest.difference(forced)
             ends = tuple(sorted([e for e in ends if e > x] + [self.items[i].worker.reach(x) for i in forced]))
@@ -91,16 +92,16 @@ class _Search:
     def _next(self, x: int, ends: tuple[int, ...], rest: frozenset[int]) -> int:
         """The next layer where an interval must start, or where a holder is lacking."""
         lacking = ends[len(ends) - self.k]
-        return min([lacking, *(latest for i in rest if (latest := self.items[i].latest) is not None and latest > x)])
+        return min([lacking, *(self.items[i].latest for i in rest if self.items[i].latest > x)])
 
     def _branch(self, x: int, ends: tuple[int, ...], rest: frozenset[int]) -> list[tuple[int, int]] | None:
         state = (x, ends, rest)
         if self.budget <= 0 or state in self.failed or not self._enough(x, ends, rest):
             return None
-        seen: set[tuple[int, int, int | None]] = set()
-        for i in self._candidates(x, rest):
+        seen: set[tuple[int, int, int]] = set()
+        for i in sorted(rest):
             item = self.items[i]
-            end = item.worker.reach(x)
+            end = item.worker.reach(x) if item.earliest <= x else x
             alike = (item.worker.room, item.earliest, item.latest)
             if end <= x or alike in seen:
                 continue
@@ -114,21 +115,12 @@ class _Search:
         self.failed.add(state)
         return None
 
-    def _candidates(self, x: int, rest: frozenset[int]) -> list[int]:
-        """Who may start at ``x``: those that must start soonest first, the free last and the longest of them first."""
-        ready = [i for i in rest if self.items[i].earliest <= x]
-        return sorted(ready, key=lambda i: (self._deadline(i), -self.items[i].worker.room, i))
-
-    def _deadline(self, i: int) -> int:
-        latest = self.items[i].latest
-        return self.n if latest is None else latest
-
     def _enough(self, x: int, ends: tuple[int, ...], rest: frozenset[int]) -> bool:
         have = sum(end - x for end in ends) + sum(min(self.longest[i], self.n - x) for i in rest)
         return have >= self.k * (self.n - x)
 
 
-def _trimmed(
+def trimmed(
     spans: dict[NodeId, Bounds], n_layers: int, k: int, anchors: Mapping[NodeId, Bounds]
 ) -> dict[NodeId, Bounds]:
     """``spans`` without what k holders a layer do not need; anchors stay."""

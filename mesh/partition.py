@@ -8,7 +8,7 @@ the optimum exactly, for any number of unlike nodes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -110,14 +110,15 @@ def split(order: Sequence[Worker], n_layers: int, ms: float) -> list[Part] | Non
 
 
 class _Chain(NamedTuple):
-    """A split of [0, x) in the making: layers that stay where they are, stages used (negative), the parts."""
+    """A split of [0, x) in the making; tuples compare as chains do: more kept layers first, then fewer stages."""
 
     kept: int
     stages: int
+    """Negative."""
     parts: tuple[Part, ...]
 
 
-_EXACT_LIMIT = 200_000
+_EXACT_LIMIT = 100_000
 
 
 def arrange(order: Sequence[Worker], n_layers: int, ms: float, held: Mapping[NodeId, Bounds]) -> list[Part] | None:
@@ -127,33 +128,36 @@ def arrange(order: Sequence[Worker], n_layers: int, ms: float, held: Mapping[Nod
     where that would be large, only cuts at the edges of what is held, and full stages, are tried.
     """
     work = n_layers * sum(worker.within(ms, False, False) for worker in order)
-    cuts = sorted({edge for bounds in held.values() for edge in bounds} | {n_layers})
-    best: list[_Chain | None] = [None] * (n_layers + 1)
-    best[0] = _Chain(0, 0, ())
+    cuts = sorted({edge for bounds in held.values() for edge in bounds}) if work > _EXACT_LIMIT else None
+    best: dict[int, _Chain] = {0: _Chain(0, 0, ())}
     for worker in order:
-        before = list(best)
-        bounds = held.get(worker.id, (0, 0))
-        for start, chain in enumerate(before[:n_layers]):
-            if chain is None:
-                continue
-            for end in _stage_ends(worker, start, n_layers, ms, None if work <= _EXACT_LIMIT else cuts):
-                kept, stages = chain.kept + overlap(bounds, start, end), chain.stages - 1
-                known = best[end]
-                if known is None or (kept, stages) > (known.kept, known.stages):
-                    best[end] = _Chain(kept, stages, (*chain.parts, Part(worker.id, start, end)))
-    whole = best[n_layers]
-    return None if whole is None else list(whole.parts)
+        low, high = held.get(worker.id, (0, 0))
+        longer: list[tuple[int, _Chain]] = []
+        for start, end in _stages(worker, sorted(best), n_layers, ms, cuts):
+            chain, known = best[start], best.get(end)
+            kept = chain.kept + max(0, min(high, end) - max(low, start))
+            if known is None or (kept, chain.stages - 1) > known[:2]:
+                longer.append((end, _Chain(kept, chain.stages - 1, (*chain.parts, Part(worker.id, start, end)))))
+        for end, chain in longer:
+            if end not in best or chain[:2] > best[end][:2]:
+                best[end] = chain
+    return list(best[n_layers].parts) if n_layers in best else None
 
 
-def _stage_ends(worker: Worker, start: int, n_layers: int, ms: float, cuts: list[int] | None) -> list[int]:
-    furthest = min(start + worker.within(ms, start == 0, False), n_layers - 1)
-    if cuts is None:
-        ends = list(range(start + 1, furthest + 1))
-    else:
-        ends = [cut for cut in cuts if start < cut < furthest] + ([furthest] if furthest > start else [])
-    if n_layers - start <= worker.within(ms, start == 0, True):
-        ends.append(n_layers)
-    return ends
+def _stages(
+    worker: Worker, starts: Sequence[int], n_layers: int, ms: float, cuts: list[int] | None
+) -> Iterator[tuple[int, int]]:
+    """Every [start, end) that ``worker`` runs in ``ms``; with ``cuts``, only ends there and the furthest."""
+    limits = {(first, last): worker.within(ms, first, last) for first in (True, False) for last in (True, False)}
+    for start in starts:
+        furthest = min(start + limits[start == 0, False], n_layers - 1)
+        if cuts is None:
+            yield from ((start, end) for end in range(start + 1, furthest + 1))
+        elif furthest > start:
+            yield from ((start, cut) for cut in cuts if start < cut < furthest)
+            yield start, furthest
+        if 0 < n_layers - start <= limits[start == 0, True]:
+            yield start, n_layers
 
 
 def kept_layers(parts: Sequence[Part], held: Mapping[NodeId, Bounds]) -> int:
@@ -173,7 +177,7 @@ def rearrange(
     parts, order = max(found, key=lambda pair: (kept_layers(pair[0], held), -len(pair[0])))
     kept = kept_layers(parts, held)
     low, high = best.ms, best.ms * slack
-    for _ in range(6 if slack > 1 else 0):
+    for _ in range(4 if slack > 1 else 0):
         middle = (low + high) / 2
         tighter = arrange(order, n_layers, middle, held)
         if tighter and kept_layers(tighter, held) >= kept:
@@ -189,12 +193,12 @@ def _orders(
     """Orders worth trying: holders as they stand, newcomers as a block at some places, or spread among them."""
     old = sorted((w for w in workers if w.id in held), key=lambda w: (sum(held[w.id]), w.id))
     new = sorted((w for w in workers if w.id not in held), key=lambda w: (-w.room, w.id))
-    places = sorted({0, len(old) // 4, len(old) // 2, 3 * len(old) // 4, len(old), *_gaps(old, n_layers, held)})
-    orders = [old[:place] + new + old[place:] for place in places] if new else [old]
-    orders.append(_interleaved(old, new))
-    ends = {best.first, best.last}
+    orders = [old]
+    if new:
+        places = {0, len(old) // 2, len(old), *_gaps(old, n_layers, held)}
+        orders = [old[:place] + new + old[place:] for place in sorted(places)] + [_interleaved(old, new)]
     by_id = {worker.id: worker for worker in workers}
-    middle = [worker for worker in orders[0] if worker.id not in ends]
+    middle = [worker for worker in orders[0] if worker.id not in (best.first, best.last)]
     orders.append([by_id[best.first], *middle, *([by_id[best.last]] if best.last != best.first else [])])
     return orders
 

@@ -21,7 +21,7 @@ import msgspec
 from mesh.capacity import NodeCapacity, span_bytes, stage_ms
 from mesh.cover import holders
 from mesh.partition import Part
-from mesh.planner import Planned, Planner, Prior
+from mesh.planner import Moves, Planned, Planner, Prior
 from mesh.types import LayerSpan, ModelId, ModelInfo, NodeId
 
 __all__ = [
@@ -81,6 +81,9 @@ class Rules(msgspec.Struct, frozen=True):
 
 DEFAULT_RULES = Rules()
 
+SETTLE = 4
+"""Rounds in which several models come to rest on the same nodes."""
+
 
 class Score(msgspec.Struct, frozen=True):
     """How good one model's placement is."""
@@ -101,18 +104,33 @@ def place(
     """The placement of ``models`` on ``nodes``; see the module's text for what it aims at.
 
     Nodes whose role holds no layers, and those not named, get none.  Same arguments, in the same order: same
-    result; and ``place(m, n, place(m, n, p)) == place(m, n, p)``.
+    result; and ``place(m, n, place(m, n, p)) == place(m, n, p)``, so that a coordinator may ask again at any time.
     """
+    placement = _place(models, nodes, previous, rules)
+    for _ in range(SETTLE if len(models) > 1 else 0):
+        # What one model gave up may be worth a move to another: several settle in a step or two.
+        settled = _place(models, nodes, placement, rules)
+        if settled == placement:
+            break
+        placement = settled
+    return placement
+
+
+def _place(
+    models: Sequence[ModelInfo], nodes: Sequence[NodeCapacity], previous: Placement | None, rules: Rules
+) -> Placement:
     by_id = {node.id: node for node in nodes if node.holds_layers and node.weight_bytes > 0}
     priors = {model.id: _prior(model, previous) for model in models}
     planner = Planner(list(by_id.values()), priors, rules.improvement, rules.max_copies)
-    chosen = _plan(planner, models, False, False)
-    if any(prior.spans for prior in priors.values()):
-        fresh = chosen
-        chosen = _plan(planner, models, True, True)
-        for other in (_plan(planner, models, True, False), fresh):
-            if _worth_moving(other, chosen, by_id):
-                chosen = other
+    moved = any(prior.spans for prior in priors.values())
+    chosen = _plan(planner, models, "least" if moved else "all")
+    further: tuple[Moves, ...] = ("excess", "replicas", "all") if moved else ()
+    for moves in further:
+        if all(planned.primary and planner.at_bound(planned) for planned in chosen):
+            break
+        other = _plan(planner, models, moves)
+        if _worth_moving(other, chosen, by_id):
+            chosen = other
     return Placement(tuple(_entry(planned) for planned in chosen))
 
 
@@ -123,13 +141,13 @@ def _prior(model: ModelInfo, previous: Placement | None) -> Prior:
     return Prior(spans, primary)
 
 
-def _plan(planner: Planner, models: Sequence[ModelInfo], primaries: bool, replicas: bool) -> list[Planned]:
+def _plan(planner: Planner, models: Sequence[ModelInfo], moves: Moves) -> list[Planned]:
     """A plan in the order given; if a model finds no place, in order of size, if more find one so."""
-    given = planner.plan(models, keep_primaries=primaries, keep_replicas=replicas)
+    given = planner.plan(models, moves)
     if not any(planned.missing for planned in given) or len(models) < 2:
         return given
     by_size = sorted(models, key=lambda model: -span_bytes(model, 0, model.n_layers))
-    sized = planner.plan(by_size, keep_primaries=primaries, keep_replicas=replicas)
+    sized = planner.plan(by_size, moves)
     if sum(not p.missing for p in sized) <= sum(not p.missing for p in given):
         return given
     by_id = {planned.model.id: planned for planned in sized}

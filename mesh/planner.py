@@ -1,7 +1,7 @@
 """One plan for several models on the same nodes: primaries first, then copies, then what is left.
 
-``mesh.placement`` makes up to three plans (keep all; move replicas; move everything) and takes a later one only
-for a stated gain.  Everything here is a function of its arguments; nodes are visited in the order given.
+``mesh.placement`` makes plans that may move more and more of a previous placement, and takes a later one only for
+a stated gain.  Everything here is a function of its arguments; nodes are visited in the order given.
 """
 
 from __future__ import annotations
@@ -9,16 +9,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice, permutations
 from math import factorial
+from typing import Literal
 
 import msgspec
 
 from mesh.capacity import NodeCapacity, Worker, span_bytes, stage_ms
-from mesh.cover import cover, deepest, fill, holders
+from mesh.cover import cover, deepest, fill, holders, trimmed
 from mesh.partition import Bounds, Fastest, Part, fastest, kept_layers, possible, rearrange, split
 from mesh.types import ModelId, ModelInfo, NodeId
 
 ORDERS_TRIED = 60
 """Orders of stages tried, of few nodes, to find one that can be replicated best."""
+
+Moves = Literal["least", "excess", "replicas", "all"]
+"""What may give way to more copies or speed: nothing that is held and fits; layers with more holders than the others
+need; all but the primaries; everything.  With all but the last, primaries move only for ``improvement``."""
 
 Room = dict[NodeId, int]
 """Weight memory left on each node, in bytes."""
@@ -52,21 +57,41 @@ class Planner:
         self.priors = priors
         self.keep_share = 1.0 - improvement
         self.max_copies = max_copies or len(nodes)
+        self._known: dict[tuple[object, ...], tuple[list[Planned], Room]] = {}
 
-    def plan(self, models: Sequence[ModelInfo], *, keep_primaries: bool, keep_replicas: bool) -> list[Planned]:
-        """The plan; with ``keep_*``, what the priors say stays within the rules of ``mesh.placement``."""
-        entries = [Planned(model, self.priors.get(model.id, Prior())) for model in models]
-        room = {node.id: node.weight_bytes for node in self.all}
-        for index, entry in enumerate(entries):
-            self._place_primary(entry, room, entries[index + 1 :] if keep_primaries else [], keep_primaries)
+    def plan(self, models: Sequence[ModelInfo], moves: Moves) -> list[Planned]:
+        """The plan that ``moves`` as much as it may; entries in the order of ``models``."""
+        entries, room = self._primaries(models, keep=moves != "all")
         for entry in entries:
-            self._start_spans(entry, room, keep_replicas)
+            self._start_spans(entry, room, moves)
         placed = [entry for entry in entries if entry.primary]
         self._raise_copies(placed, room)
         self._fill(placed, room)
         return entries
 
     # --- primaries
+
+    def _primaries(self, models: Sequence[ModelInfo], keep: bool) -> tuple[list[Planned], Room]:
+        """Fresh entries with their primaries, and the memory left; worked out once for each order of models."""
+        key = (keep, *(model.id for model in models))
+        if key not in self._known:
+            self._known[key] = self._place_primaries(models, keep)
+        entries, room = self._known[key]
+        return [Planned(e.model, e.prior, e.primary, {}, e.missing) for e in entries], dict(room)
+
+    def _place_primaries(self, models: Sequence[ModelInfo], keep: bool) -> tuple[list[Planned], Room]:
+        """One after the other; again, without keeping memory for models that found no place anyway."""
+        homeless: frozenset[ModelId] = frozenset()
+        while True:
+            entries = [Planned(model, self.priors.get(model.id, Prior())) for model in models]
+            room = {node.id: node.weight_bytes for node in self.all}
+            for index, entry in enumerate(entries):
+                later = [other for other in entries[index + 1 :] if keep and other.model.id not in homeless]
+                self._place_primary(entry, room, later, keep)
+            missing = frozenset(entry.model.id for entry in entries if entry.missing)
+            if missing <= homeless or not keep:
+                return entries, room
+            homeless |= missing
 
     def _place_primary(self, entry: Planned, room: Room, later: Sequence[Planned], keep: bool) -> None:
         """Give ``entry`` its primary and take its memory from ``room``.
@@ -118,18 +143,29 @@ class Planner:
             merit = (copies, kept_layers(parts, held))
             if chosen is None or merit > chosen[0]:
                 chosen = (merit, parts)
-            if copies >= ideal and not held:
+            if copies >= ideal:
                 break
         assert chosen is not None, "the order with the optimum's own end nodes always splits"
         return chosen[1]
 
     # --- copies
 
-    def _start_spans(self, entry: Planned, room: Room, keep: bool) -> None:
-        """Spans begin as the primary's parts, and grow back over what the nodes hold already as far as it fits."""
-        entry.spans = {part.node: (part.start, part.end) for part in entry.primary}
-        if not keep and entry.primary:
+    def _start_spans(self, entry: Planned, room: Room, moves: Moves) -> None:
+        """Spans begin as the primary's parts; what the nodes hold already is added as far as it fits and may stay."""
+        primary = {part.node: (part.start, part.end) for part in entry.primary}
+        entry.spans = dict(primary)
+        if entry.primary and moves in ("replicas", "all"):
             return
+        self._keep_held(entry, room)
+        if entry.primary and moves == "excess":
+            spans = self._steady_spans(entry)
+            wanted = min(holders(spans, entry.model.n_layers)) + 1
+            needed = trimmed(spans, entry.model.n_layers, wanted, primary)
+            for node in spans:
+                self._assign(entry, node, needed.get(node, (0, 0)), room)
+            entry.spans = {node: bounds for node, bounds in entry.spans.items() if bounds[0] < bounds[1]}
+
+    def _keep_held(self, entry: Planned, room: Room) -> None:
         steady = {node.id for node in self.steady}
         for node in self.all:
             before = entry.prior.spans.get(node.id)
@@ -149,39 +185,68 @@ class Planner:
         room[node] += span_bytes(entry.model, *before) - span_bytes(entry.model, *after)
         entry.spans[node] = after
 
+    def at_bound(self, entry: Planned) -> bool:
+        """Whether no plan could give ``entry`` more copies, as all memory together has no room for them."""
+        copies = min(holders(self._steady_spans(entry), entry.model.n_layers))
+        mine = {node: span_bytes(entry.model, *bounds) for node, bounds in entry.spans.items()}
+        return copies >= self._bound(entry, {node.id: node.weight_bytes - mine.get(node.id, 0) for node in self.all})
+
     def _raise_copies(self, entries: list[Planned], room: Room) -> None:
         """Raise the number of holders a layer, in step for all models, then for those that can go on alone."""
         level = 1
         while entries and level < self.max_copies:
-            low, high = level, min(self.max_copies, *(self._bound(entry, room) for entry in entries))
+            low, high = level, min(self._bound(entry, room) for entry in entries)
+            best: list[dict[NodeId, Bounds]] = []
             while low < high:
                 k = (low + high + 1) // 2
-                low, high = (k, high) if self._raise_to(entries, k, dict(room), commit=False) else (low, k - 1)
-            if low > level:
-                self._raise_to(entries, low, room, commit=True)
-                level = low
-                continue
-            level += 1
-            entries = [entry for entry in entries if self._raise_to([entry], level, room, commit=True)]
+                raised = self._raised(entries, k, room)
+                low, high, best = (low, k - 1, best) if raised is None else (k, high, raised)
+            for entry, spans in zip(entries, best, strict=False):
+                self._adopt(entry, spans, room)
+            level = low + 1
+            entries = [e for e in entries if level <= self.max_copies and self._raise_alone(e, level, room)]
+
+    def _raise_alone(self, entry: Planned, k: int, room: Room) -> bool:
+        reached = self._raised([entry], k, room)
+        if reached is None:
+            return False
+        self._adopt(entry, reached[0], room)
+        return True
+
+    def _adopt(self, entry: Planned, spans: Mapping[NodeId, Bounds], room: Room) -> None:
+        for node, bounds in spans.items():
+            self._assign(entry, node, bounds, room)
+
+    def _raised(self, entries: Sequence[Planned], k: int, room: Room) -> list[dict[NodeId, Bounds]] | None:
+        """Spans with which all ``entries`` have ``k`` holders a layer together, each with a fair share of the memory
+        left, or else first come first served; ``None``: none found."""
+        fair = self._raised_with(entries, k, room, fair=True)
+        return fair if fair is not None or len(entries) == 1 else self._raised_with(entries, k, room, fair=False)
+
+    def _raised_with(
+        self, entries: Sequence[Planned], k: int, room: Room, *, fair: bool
+    ) -> list[dict[NodeId, Bounds]] | None:
+        left, raised = dict(room), []
+        for index, entry in enumerate(entries):
+            spans = self._steady_spans(entry)
+            if min(holders(spans, entry.model.n_layers)) < k:
+                sharers = len(entries) - index if fair else 1
+                share = {node: free // sharers for node, free in left.items()}
+                workers = [self._worker(entry, node, share) for node in self.steady]
+                found = cover(workers, entry.model.n_layers, k, spans)
+                if found is None:
+                    return None
+                spans = found
+            for node, bounds in spans.items():
+                before = entry.spans.get(node, (0, 0))
+                left[node] += span_bytes(entry.model, *before) - span_bytes(entry.model, *bounds)
+            raised.append(spans)
+        return raised
 
     def _bound(self, entry: Planned, room: Room) -> int:
         """More copies than this do not fit, even with all free memory."""
         layers = sum(self._worker(entry, node, room).by_memory(False, False) for node in self.steady)
-        return min(len(self.steady), layers // entry.model.n_layers)
-
-    def _raise_to(self, entries: Sequence[Planned], k: int, room: Room, *, commit: bool) -> bool:
-        """Whether all ``entries`` reach ``k`` holders a layer together; the spans are set only with ``commit``."""
-        for entry in entries:
-            if min(holders(self._steady_spans(entry), entry.model.n_layers)) >= k:
-                continue
-            workers = [self._worker(entry, node, room) for node in self.steady]
-            spans = cover(workers, entry.model.n_layers, k, self._steady_spans(entry))
-            if spans is None:
-                return False
-            target = entry if commit else Planned(entry.model, entry.prior, entry.primary, dict(entry.spans))
-            for node, bounds in spans.items():
-                self._assign(target, node, bounds, room)
-        return True
+        return min(self.max_copies, len(self.steady), layers // entry.model.n_layers)
 
     def _steady_spans(self, entry: Planned) -> dict[NodeId, Bounds]:
         steady = {node.id for node in self.steady}
@@ -228,11 +293,11 @@ def _regrown(worker: Worker, base: Bounds | None, before: Bounds) -> Bounds | No
 def _orders(
     workers: list[Worker], best: Fastest, spread: Mapping[NodeId, Bounds], held: Mapping[NodeId, Bounds]
 ) -> Iterator[list[Worker]]:
-    """Orders of stages worth trying: as spread for most copies, as held, by memory, and of few nodes many more."""
+    """Orders of stages worth trying: as held, as spread for most copies, by memory, and of few nodes many more."""
     by_spread = sorted(workers, key=lambda w: sum(spread.get(w.id, (0, 0))))
     by_room = sorted(workers, key=lambda w: (-w.room, w.id))
     by_held = sorted(workers, key=lambda w: sum(held.get(w.id, (0, 0))))
-    for order in (by_spread, by_room, by_held):
+    for order in (by_held, by_spread, by_room) if held else (by_spread, by_room):
         middle = [worker for worker in order if worker.id not in (best.first, best.last)]
         ends = {worker.id: worker for worker in order}
         yield [ends[best.first], *middle, *([ends[best.last]] if best.first != best.last else [])]
