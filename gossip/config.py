@@ -44,6 +44,9 @@ class GossipConfig(msgspec.Struct, frozen=True, kw_only=True):
     """K: min(this, N - 2) confirmations bring the time from its maximum down to its minimum."""
     small_mesh_confirms: bool = True
     """False: K = 0 wherever N - 2 < confirmations, as memberlist has it."""
+    last_call: bool = True
+    """A death that one member alone found is a suspicion to all others, and that one probes once more before it
+    says so.  Else a member that loses most of its packets buries the healthy (not in SWIM; found by simulation)."""
     wake_guard: bool = True
     """A tick late by d adds d to every suspicion and probe deadline: a stalled loop must not declare others dead."""
 
@@ -151,6 +154,7 @@ def memberlist() -> GossipConfig:
         confirmations=2,
         small_mesh_confirms=False,
         wake_guard=False,
+        last_call=False,
         subject_first=False,
         sync_period_s=30.0,
         sync_min_s=30.0,
@@ -158,7 +162,13 @@ def memberlist() -> GossipConfig:
 
 
 def without_lifeguard(config: GossipConfig) -> GossipConfig:
-    """The same as plain SWIM: no local health, no confirmations, no wake guard, nobody told first."""
+    """The same as plain SWIM: no local health, no confirmations, no guards, nobody told first."""
     return msgspec.structs.replace(
-        config, health_max=0, suspicion_max_mult=1.0, confirmations=0, wake_guard=False, subject_first=False
+        config,
+        health_max=0,
+        suspicion_max_mult=1.0,
+        confirmations=0,
+        wake_guard=False,
+        last_call=False,
+        subject_first=False,
     )

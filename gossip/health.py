@@ -47,6 +47,10 @@ class LocalHealth:
         """0..health_max."""
         return min(self.config.health_max, self.count + math.floor(self.lag_s(now) / self.config.lag_step_s))
 
+    def period_s(self, now: float) -> float:
+        """The probe period, as long as local health makes it."""
+        return self.config.probe_period_s * (self.score(now) + 1)
+
 
 class RoundTrips:
     """The last round trips to one member, in seconds."""

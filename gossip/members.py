@@ -7,13 +7,15 @@ nothing        anything     any                                 what was said (a
 anything       anything     smaller                             unchanged: old news
 any            alive        larger                              alive: only this brings the dead back (G3)
 any            suspect      larger                              suspect
-not dead       dead         larger, in a full sync              suspect: the dead may speak before they are buried
+not dead       dead         larger, hearsay                     suspect: the dead may speak before they are buried
 any            dead         larger otherwise                    dead; the larger incarnation is stored even if it was
                                                                 dead before (memberlist PR #197)
 any            left         larger                              left; its record says so, signed by itself
-alive, suspect dead         equal, in a full sync               suspect
+alive, suspect dead         equal, hearsay                      suspect
 any            any          equal otherwise                     the larger of the two states
 ============== ============ =================================== ==============================================
+
+Hearsay is a death told in a full sync, or one that nobody but its finder confirms.
 """
 
 from __future__ import annotations
@@ -31,14 +33,14 @@ from gossip.suspicion import Suspicion
 from mesh.types import NodeId
 
 
-def decide(held: State | None, held_incarnation: int, said: State, incarnation: int, synced: bool) -> State | None:
+def decide(held: State | None, held_incarnation: int, said: State, incarnation: int, hearsay: bool) -> State | None:
     """The state to hold after a claim (see the table); ``None``: old news."""
     if held is None:
         return said
     if incarnation < held_incarnation:
         return None
     newer = incarnation > held_incarnation
-    if said is State.DEAD and synced and (held < State.DEAD or (newer and held is State.LEFT)):
+    if said is State.DEAD and hearsay and (held < State.DEAD or (newer and held is State.LEFT)):
         return State.SUSPECT
     return said if newer else max(held, said)
 

@@ -74,11 +74,8 @@ class Prober:
 
     # -- own probes
 
-    def _period_s(self, now: float) -> float:
-        return self.config.probe_period_s * (self.health.score(now) + 1)
-
     def _round(self, now: float) -> None:
-        self._round_at = now + self._period_s(now)
+        self._round_at = now + self.health.period_s(now)
         target = self._members.next_to_probe()
         if target is not None:
             self.probe(target, now)
@@ -89,7 +86,7 @@ class Prober:
         if member is None or not member.present or self._probes.probing(target):
             return
         direct_s = member.rtt.direct_timeout_s(self.config) * (self.health.score(now) + 1)
-        probe = self._probes.open(target, direct_s, self._period_s(now), now)
+        probe = self._probes.open(target, direct_s, self.health.period_s(now), now)
         if probe is not None:
             load = self.exchange.profiles.load_row(target)
             self._send(target, Ping(probe.seq, member.version & 0xFFFF, load.version & 0xFFFF if load else 0))

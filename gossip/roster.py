@@ -22,6 +22,10 @@ Verify = Callable[[NodeId, bytes, bytes, bytes], bool]
 """(node id, public key, message, signature): the id is the key's hash, and the key signed the message."""
 
 
+CONFIRMED = 2
+"""Accusers that make a death more than the word of one, who may be the ill one itself."""
+
+
 class Identity(msgspec.Struct, frozen=True):
     """Who this node is, and how it proves that and checks others; the two functions must be pure."""
 
@@ -50,6 +54,8 @@ class Roster:
         """Claims that go to one member at once; the core sends and clears them."""
         self.revived: list[NodeId] = []
         """Members held dead that have said themselves that they live; the core compares tables and clears this."""
+        self.last_calls: list[NodeId] = []
+        """Suspects to be probed before their verdict; the core does that and clears this."""
         self.recently_dead: dict[NodeId, float] = {}
         """When each was declared dead, for as long as it is still gossiped to."""
         self.leaving = False
@@ -136,9 +142,13 @@ class Roster:
         return changed
 
     def _next_state(self, held: Member | None, update: Update, synced: bool) -> State | None:
+        incarnation = update.record.incarnation
         if held is None:
-            return decide(None, 0, update.state, update.record.incarnation, synced)
-        return decide(held.state, held.record.incarnation, update.state, update.record.incarnation, synced)
+            return decide(None, 0, update.state, incarnation, synced)
+        same = incarnation == held.record.incarnation
+        accusers = unite(held.accusers if same else (), update.by)
+        hearsay = synced or (self.config.last_call and len(accusers) < CONFIRMED)
+        return decide(held.state, held.record.incarnation, update.state, incarnation, hearsay)
 
     def _proved(self, record: MemberRecord, held: Member | None, sender: NodeId) -> bool:
         """The record is its owner's.  Checked once per incarnation: an equal one was proved before."""
@@ -245,20 +255,34 @@ class Roster:
         return self._verdict_at
 
     def tick(self, now: float) -> None:
-        """Declare dead whoever did not refute in time."""
+        """Declare dead whoever did not refute in time; where a single member accuses, after one last probe.
+
+        The suspicion may have been lost with everything else that an ill accuser sent, so that its subject never heard
+        of it; the last ping brings it, and one answer clears it.
+        """
         for node in [node for node, deadline in self._suspects.items() if deadline <= now]:
-            member = self.members.get(node)
-            assert member is not None, node
-            self._change(member, member.record, State.DEAD, member.accusers, now)
+            member, suspicion = self._suspect(node)
+            if len(member.accusers) < CONFIRMED and self.config.last_call and not suspicion.called:
+                suspicion.called = True
+                suspicion.excused += now - self._suspects[node] + self.health.period_s(now)
+                self._suspects[node] = suspicion.deadline(len(member.accusers))
+                self.last_calls.append(node)
+            else:
+                self._change(member, member.record, State.DEAD, member.accusers, now)
+        self._verdict_at = None
+
+    def _suspect(self, node: NodeId) -> tuple[Member, Suspicion]:
+        member = self.members.get(node)
+        assert member is not None, node
+        assert member.suspicion is not None, node
+        return member, member.suspicion
 
     def excuse(self, seconds: float, earliest: float) -> None:
         """This node slept for ``seconds``: refutations may have come and gone.  No verdict before ``earliest``."""
         for node in self._suspects:
-            member = self.members.get(node)
-            assert member is not None, node
-            assert member.suspicion is not None, node
-            member.suspicion.excused += max(seconds, earliest - self._suspects[node])
-            self._suspects[node] = member.suspicion.deadline(len(member.accusers))
+            member, suspicion = self._suspect(node)
+            suspicion.excused += max(seconds, earliest - self._suspects[node])
+            self._suspects[node] = suspicion.deadline(len(member.accusers))
             self._verdict_at = None
 
     # -- the dead

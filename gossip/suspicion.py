@@ -44,7 +44,9 @@ class Suspicion:
         self.most = self.least * config.suspicion_max_mult
         self.k = expected_confirmations(n, config)
         self.excused = 0.0
-        """Seconds that this node slept through."""
+        """Seconds that this node slept through, or gave away."""
+        self.called = False
+        """The last probe before the verdict was made."""
 
     def deadline(self, accusers: int) -> float:
         """When the member is declared dead, with ``accusers`` distinct accusers known."""

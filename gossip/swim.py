@@ -237,6 +237,8 @@ class Swim:
         for part in (self.prober, self.roster, self.exchange, self.comparer):
             if part.deadline <= now:
                 part.tick(now)
+        while self.roster.last_calls:
+            self.prober.probe(self.roster.last_calls.pop(), now)
         if self._gossip_at <= now:
             self._gossip(now)
         if self._announce_at <= now:

@@ -36,7 +36,7 @@ def suspect(name: str, incarnation: int = 1, by: tuple[str, ...] = ("x",)) -> Up
     return said(State.SUSPECT, name, incarnation, by)
 
 
-def dead(name: str, incarnation: int = 1, by: tuple[str, ...] = ("x",)) -> Update:
+def dead(name: str, incarnation: int = 1, by: tuple[str, ...] = ("x", "y")) -> Update:
     return said(State.DEAD, name, incarnation, by)
 
 

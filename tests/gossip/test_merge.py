@@ -227,8 +227,31 @@ def test_dead_node_no_node_leaves_a_tombstone() -> None:
 
 def test_dead_node_double() -> None:
     lab = Lab("b", "c", "d")
+    lab.told(dead("c", by=("b", "x")))
+    assert emitted(lab.told(dead("c", by=("b", "x")), "d"), "MemberChanged") == []
+
+
+def test_a_death_that_only_its_finder_saw_is_a_suspicion() -> None:
+    """An ill finder would bury the healthy otherwise.  With one's own failed probe it is confirmed."""
+    lab = Lab("b", "c", "d")
     lab.told(dead("c", by=("b",)))
-    assert emitted(lab.told(dead("c", by=("b",)), "d"), "MemberChanged") == []
+    assert lab.state("c") == "suspect"
+    lab.told(dead("c", by=("d",)), "d")
+    assert lab.state("c") == "dead"
+
+
+def test_the_last_call() -> None:
+    """Before a verdict that nobody else shares the suspect is probed once more, and hears of the suspicion by it."""
+    lab = Lab("b", "c", config=GossipConfig(suspicion_max_mult=1.0))
+    lab.told(suspect("c", by=("b",)))
+    lab.core.roster.members.next_to_probe()
+    lab.core.prober.stop()
+    effects = lab.run(1.6)
+    ((to, ping),) = sends(effects, "Ping")
+    assert (to, ping.updates[0].record.node, ping.updates[0].state) == ("c", "c", State.SUSPECT)
+    assert lab.state("c") == "suspect"
+    lab.run(0.5)
+    assert lab.state("c") == "dead"
 
 
 def test_dead_node_old_dead() -> None:

@@ -248,7 +248,7 @@ def test_messages_first_then_the_clock() -> None:
 
 
 def test_without_the_guard_sleepers_bury_the_living() -> None:
-    lab = Lab("b", "c", config=GossipConfig(wake_guard=False))
+    lab = Lab("b", "c", config=GossipConfig(wake_guard=False, last_call=False))
     lab.told(suspect("b", by=("c",)), "c")
     lab.sleep(100.0)
     lab.did(lab.core.tick(lab.now))

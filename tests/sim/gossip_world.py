@@ -59,7 +59,7 @@ def gossip_world(
     config = config or GossipConfig()
     world = World(seed, net, codec=WireCodec() if codec else None, reliable=lambda message: isinstance(message, STREAM))
     ids = [node_id(index) for index in range(n)]
-    for index, node in enumerate(ids):
+    for index in range(n):
         world.at(index * stagger_s, lambda index=index: add_node(world, ids, index, config, swim))
     return world
 

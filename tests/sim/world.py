@@ -126,6 +126,10 @@ class World:
         self.sent: dict[str, list[int]] = {}
         """Node -> [messages, bytes] sent (bytes only with a codec)."""
         self.steps = 0
+        self.heard: Any = None
+        """For checkers: the message of the last step (None: it was a tick or a verb) ..."""
+        self.effects: list[Effect] = []
+        """... and its effects."""
         self._heap: list[tuple[float, int, str, Any, Any, Any]] = []
         self._number = itertools.count()
         self._digest = hashlib.blake2b(digest_size=16)
@@ -243,7 +247,6 @@ class World:
             return
         node.core, node.paused, node.crash_after = None, False, None
         node.inbox.clear()
-        node.life += 1
         for peer in [] if silent else list(self.nodes.values()):
             if peer.up and peer.on_reset and not self.blocked(node.id, peer.id):
                 self._push(self.now + self._delay(node.id, peer.id), "reset", peer.id, node.id, None)
@@ -253,13 +256,13 @@ class World:
         node.paused = False
         while node.inbox and node.up and not node.paused:
             message, sender = node.inbox.popleft()
-            self._perform(node, node.core.receive(message, sender, node.clock(self.now)))
+            self._perform(node, node.core.receive(message, sender, node.clock(self.now)), message)
         self._set_timer(node, void=True)
 
     # -- the network
 
     def blocked(self, source: str, to: str) -> bool:
-        return any(source in here and to in there for here, there in self.cuts)
+        return bool(self.cuts) and any(source in here and to in there for here, there in self.cuts)
 
     def _delay(self, source: str, to: str) -> float:
         delay = self.net.base_s + self.rng.expovariate(1.0) * self.net.jitter_s
@@ -326,7 +329,7 @@ class World:
                 node.inbox.append((message, sender))
             return
         self._note("deliver", sender, node.id, message)
-        self._perform(node, node.core.receive(message, sender, node.clock(self.now)))
+        self._perform(node, node.core.receive(message, sender, node.clock(self.now)), message)
 
     def _fire(self, node: Node, life: int) -> None:
         if life != node.life or self.now < node.timer:
@@ -353,9 +356,10 @@ class World:
             node.timer = when
             self._push(when, "timer", node.id, node.life, None)
 
-    def _perform(self, node: Node, effects: list[Effect]) -> None:
+    def _perform(self, node: Node, effects: list[Effect], heard: Any = None) -> None:
         """The effects of one step, in order; then the checkers."""
         self.steps += 1
+        self.heard, self.effects = heard, effects
         for effect in effects:
             if node.crash_after is not None:
                 if node.crash_after == 0:

@@ -1,0 +1,308 @@
+"""The membership core under weather: G1-G6 after every step, and controls that show the checkers can see."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gossip import roster
+from gossip.config import GossipConfig
+from gossip.messages import Gossip, State, Update
+from gossip.roster import Roster
+from mesh.types import NodeId, NodeProfile
+from tests.sim.gossip_checks import GossipChecks
+from tests.sim.gossip_world import gossip_world, node_id, views_agree
+from tests.sim.world import Fault, NetParams, World
+
+ROOT = Path(__file__).parents[2]
+
+
+def weather(seed: int, ids: list[NodeId], until: float, start: float = 10.0) -> list[Fault]:
+    """A schedule of faults for the first half of ``ids``; the others are left alone."""
+    rng = random.Random(f"weather {seed}")
+    victims, faults, at = ids[: len(ids) // 2], [], start
+    while (at := at + rng.expovariate(0.25)) < until:
+        node = (rng.choice(victims),)
+        kind = rng.choice(["crash", "crash", "silent", "crash_mid", "pause", "loss", "cut", "slow", "drift"])
+        later = at + rng.uniform(0.5, 25.0)
+        if kind in ("crash", "silent", "crash_mid"):
+            plain = "crash" if kind == "silent" else kind
+            faults.append(Fault(at, plain, node, ("silent",) if kind == "silent" else ()))
+            if rng.random() < 0.7:
+                faults.append(Fault(later, rng.choice(["restart", "restart", "wipe"]), node))
+        elif kind == "pause":
+            faults += [Fault(at, "pause", node), Fault(later, "resume", node)]
+        elif kind == "loss":
+            faults += [Fault(at, "loss", node, value=rng.uniform(0.2, 0.9)), Fault(later, "loss", node)]
+        elif kind == "cut":
+            faults.append(Fault(at, "cut", node, (rng.choice(ids),)))
+        elif kind == "slow":
+            faults += [Fault(at, "slow", node, value=rng.uniform(0.01, 0.3)), Fault(later, "slow", node)]
+        else:
+            faults.append(Fault(at, "drift", node, value=rng.uniform(0.95, 1.05)))
+    return sorted(faults, key=lambda fault: fault.at)
+
+
+def calm(world: World) -> None:
+    """End all faults; who is down stays down."""
+    world.apply(Fault(world.now, "heal"))
+    for node in world.nodes.values():
+        world.apply(Fault(world.now, "slow", (node.id,)))
+        world.apply(Fault(world.now, "resume", (node.id,))) if node.up and node.paused else None
+
+
+def stormy(seed: int, n: int, until: float, bound_s: float = 150.0, config: GossipConfig | None = None) -> World:
+    """Safety, then liveness; a failure shows the schedule and the last events."""
+    net = NetParams(loss=0.05, duplicate=0.02, reorder=0.02)
+    world = gossip_world(n, seed, config, net)
+    ids = [node_id(index) for index in range(n)]
+    faults = weather(seed, ids, until)
+    world.schedule(faults)
+    checks = GossipChecks(world, steady=list(ids[n // 2 :]))
+    try:
+        world.run(until)
+        calm(world)
+        checks.all_views(bound_s)
+    except AssertionError as error:
+        raise AssertionError("\n".join([str(error), *map(str, faults), *world.lines(200)])) from error
+    return world
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_properties_hold_in_any_weather(seed: int) -> None:
+    stormy(seed, n=12, until=60.0)
+
+
+def test_properties_hold_with_many_nodes() -> None:
+    stormy(100, n=60, until=25.0)
+
+
+def test_small_meshes() -> None:
+    for n in (2, 3, 4):
+        stormy(200 + n, n=n, until=60.0)
+
+
+def test_the_same_run_under_another_hash_seed() -> None:
+    code = "from tests.sim.test_gossip_sim import stormy; print(stormy(1, 6, 30.0).digest())"
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    runs = [
+        subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, env={**env, "PYTHONHASHSEED": seed}, capture_output=True
+        ).stdout
+        for seed in ("1", "2")
+    ]
+    assert runs[0] == runs[1] != b""
+
+
+def crash_and_time(n: int, seed: int, config: GossipConfig, net: NetParams | None = None) -> tuple[float, float, float]:
+    """Crash one node of ``n``: seconds to its first suspicion, to its first death, until it is dead at all."""
+    world = gossip_world(n, seed, config, net)
+    world.run(n * 0.05 + 15.0)
+    victim, start = node_id(n // 2), world.now
+    world.apply(Fault(start, "crash", (victim,), ("silent",)))
+    live = [node for node in world.nodes.values() if node.up]
+    times = []
+    for held, many in (({"suspect", "dead"}, 1), ({"dead"}, 1), ({"dead"}, len(live))):
+        done = lambda held=held, many=many: (  # noqa: E731
+            sum(node.core.member(victim).state in held for node in live) >= many
+        )
+        assert done() or world.run(start + 60.0, stop=done), f"not {held} at {many} after 60 s"
+        times.append(world.now - start)
+    return times[0], times[1], times[2]
+
+
+@pytest.mark.parametrize(("n", "bound_s"), [(2, 5.0), (3, 5.0), (5, 5.0), (30, 6.0)])
+def test_a_crash_is_detected_in_time(n: int, bound_s: float) -> None:
+    first, death, everywhere = crash_and_time(n, 7, GossipConfig())
+    assert first <= 2.5
+    assert death <= bound_s
+    assert everywhere <= bound_s + 1.0
+
+
+def test_no_false_positives_at_ten_percent_loss() -> None:
+    world = gossip_world(20, 3, net=NetParams(loss=0.1))
+    GossipChecks(world, steady=list(world.nodes) or [node_id(index) for index in range(20)])
+    world.run(120.0)
+
+
+def test_a_joiner_knows_all_and_is_known_by_all() -> None:
+    world = gossip_world(30, 4, stagger_s=0.01)
+    assert world.run(10.0, stop=lambda: len(world.nodes) == 30 and world.steps % 50 == 0 and views_agree(world))
+
+
+def test_a_partition_heals_without_seeds() -> None:
+    world = gossip_world(12, 5)
+    ids = [node_id(index) for index in range(12)]
+    checks = GossipChecks(world)
+    world.schedule([Fault(10.0, "partition", tuple(ids[:5])), Fault(60.0, "heal")])
+    world.run(60.0)
+    assert {info.state for info in world.core(ids[0]).members() if info.node in ids[5:]} == {"dead"}
+    assert checks.all_views(60.0) <= 40.0
+
+
+def test_a_leaver_is_never_suspected() -> None:
+    world = gossip_world(10, 6)
+    world.run(10.0)
+    leaver = node_id(4)
+    world.do(leaver, lambda core, now: core.leave(now))
+    world.run(40.0)
+    states = [
+        (event.old, event.new)
+        for node in world.nodes.values()
+        for event in node.emitted
+        if type(event).__name__ == "MemberChanged" and event.node == leaver and event.old
+    ]
+    assert states == [("alive", "left")] * 9
+
+
+def test_a_restart_comes_back_at_a_new_address() -> None:
+    world = gossip_world(6, 7)
+    GossipChecks(world)
+    victim = node_id(2)
+    world.schedule([Fault(10.0, "crash", (victim,)), Fault(30.0, "restart", (victim,))])
+    world.run(29.0)
+    assert world.core(node_id(0)).member(victim).state == "dead"
+    world.run(33.0)
+    assert {world.core(node_id(i)).address_of(victim) for i in range(6)} == {f"{victim[:6]}:2"}
+    assert views_agree(world)
+
+
+def test_a_stalled_node_does_not_bury_the_others() -> None:
+    world = gossip_world(8, 8)
+    ids = [node_id(index) for index in range(8)]
+    GossipChecks(world, steady=list(ids[1:]))
+    for start in (12, 40, 70):
+        world.schedule([Fault(start, "pause", (ids[0],)), Fault(start + 20, "resume", (ids[0],))])
+    buried: list[Any] = []
+    world.after_step.append(
+        lambda world, node: buried.extend(
+            info.node for info in (world.core(node).members() if node == ids[0] else []) if info.state == "dead"
+        )
+    )
+    world.run(110.0)
+    assert buried == []
+
+
+def test_profiles_reach_everyone_and_only_when_they_change() -> None:
+    world = gossip_world(12, 9)
+    ids = [node_id(index) for index in range(12)]
+    world.run(10.0)
+    for index, node in enumerate(ids):
+        profile = NodeProfile(name=f"node {index}", hardware="x" * (3000 if index == 3 else 10))
+        world.do(node, lambda core, now, profile=profile: core.set_profile(profile, now))
+    names = [f"node {index}" for index in range(12)]
+
+    def complete() -> bool:
+        held = [[profile and profile.name for profile in map(world.core(node).profile, ids)] for node in ids]
+        return held == [names] * 12
+
+    assert world.run(20.0, stop=complete), "after 10 s"
+    world.run(world.now + 10.0)
+    before = sum(size for _, size in world.sent.values())
+    world.run(world.now + 30.0)
+    idle = (sum(size for _, size in world.sent.values()) - before) / 30.0 / 12
+    assert idle < 120.0  # bytes/s of plain text; profiles of 3,400 bytes are not among them
+
+
+# -- controls: a rule removed is a violation seen
+
+
+def violation(seed: int, n: int, until: float, config: GossipConfig | None = None) -> str:
+    """What goes wrong in that weather; empty: nothing."""
+    try:
+        stormy(seed, n, until, bound_s=60.0, config=config)
+    except AssertionError as error:
+        return str(error).split("\n")[0]
+    return ""
+
+
+def test_control_without_refutation(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert violation(2, 8, 40.0) == ""
+    monkeypatch.setattr(Roster, "_about_me", lambda *args: False)
+    assert violation(2, 8, 40.0).startswith("G4")
+
+
+def test_control_without_the_largest_incarnation(monkeypatch: pytest.MonkeyPatch) -> None:
+    rule = roster.decide
+
+    def forgetful(held: Any, held_incarnation: int, said: State, incarnation: int, hearsay: bool) -> Any:
+        both_dead = held is State.DEAD and said is State.DEAD
+        return None if both_dead else rule(held, held_incarnation, said, incarnation, hearsay)
+
+    monkeypatch.setattr(roster, "decide", forgetful)
+    world = gossip_world(4, 1)
+    GossipChecks(world)
+    world.schedule([Fault(5.0, "crash", (node_id(3),)), Fault(20.0, "partition", (node_id(2),)), Fault(40.0, "heal")])
+    world.schedule([Fault(22.0, "restart", (node_id(3),)), Fault(24.0, "crash", (node_id(3),))])
+    with pytest.raises(AssertionError, match="G2"):
+        world.run(200.0)
+
+
+def test_control_the_dead_return_at_the_same_incarnation(monkeypatch: pytest.MonkeyPatch) -> None:
+    rule = roster.decide
+
+    def gullible(held: Any, held_incarnation: int, said: State, incarnation: int, hearsay: bool) -> Any:
+        if held is State.DEAD and said is State.ALIVE and incarnation == held_incarnation:
+            return State.ALIVE
+        return rule(held, held_incarnation, said, incarnation, hearsay)
+
+    monkeypatch.setattr(roster, "decide", gullible)
+    world = gossip_world(5, 1)
+    GossipChecks(world)
+    world.schedule([Fault(10.0, "pause", (node_id(3),)), Fault(11.0, "crash", (node_id(4),))])
+    world.schedule([Fault(40.0, "resume", (node_id(3),))])  # it still holds the dead one alive
+    with pytest.raises(AssertionError, match="G3"):
+        world.run(60.0)
+
+
+def refutations(config: GossipConfig) -> int:
+    """Two steady members cannot reach each other directly for two minutes."""
+    world = gossip_world(6, 1, config)
+    world.schedule([Fault(5.0, "partition", (node_id(0),), (node_id(1),))])
+    world.run(120.0)
+    return sum(type(event).__name__ == "Refuted" for node in world.nodes.values() for event in node.emitted)
+
+
+def test_control_without_helpers() -> None:
+    """Helpers see what the prober cannot."""
+    assert refutations(GossipConfig()) == 0
+    assert refutations(GossipConfig(helpers=0)) > 10
+
+
+def test_control_without_the_last_call() -> None:
+    """The weather in which this rule was found: an ill member buries a steady one that never heard of its suspicion."""
+    assert violation(68, 12, 60.0, GossipConfig(last_call=False)).startswith("G4")
+    assert violation(68, 12, 60.0) == ""
+
+
+def buried_on_waking(config: GossipConfig) -> bool:
+    """One member sleeps with a suspicion pending, and all its mail is lost."""
+    world = gossip_world(5, 2, config)
+    ids = [node_id(index) for index in range(5)]
+    world.run(10.0)
+    sleeper, accused = world.core(ids[0]), ids[1]
+    claim = Update(State.SUSPECT, world.core(accused).roster.own.record, (ids[2], ids[3], ids[4]))
+    world.apply(Fault(world.now, "cut", tuple(ids[1:]), (ids[0],)))
+    world.do(ids[0], lambda core, now: core.receive(Gossip((claim,)), ids[2], now))
+    world.apply(Fault(world.now, "pause", (ids[0],)))
+    world.run(40.0)
+    world.nodes[ids[0]].inbox.clear()
+    world.apply(Fault(world.now, "heal"))
+    world.apply(Fault(world.now, "resume", (ids[0],)))
+    world.run(41.0)
+    assert sleeper.member(accused) is not None
+    return any(
+        type(event).__name__ == "MemberChanged" and event.node == accused and event.new == "dead"
+        for event in world.nodes[ids[0]].emitted
+    )
+
+
+def test_control_without_the_wake_guard() -> None:
+    assert not buried_on_waking(GossipConfig())
+    assert buried_on_waking(GossipConfig(wake_guard=False))
