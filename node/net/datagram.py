@@ -13,6 +13,7 @@ import msgspec
 from mesh.errors import PeerError
 from mesh.types import NodeId
 from node.net.address import format_address
+from node.net.names import Names
 from node.security.keyring import MAX_DATAGRAM, KeyRing, Stale
 
 MAX_UNSENT = 256 * 1024
@@ -45,6 +46,7 @@ class Datagrams(asyncio.DatagramProtocol):
     ) -> None:
         self.counts = DatagramCounts()
         self._me, self._ring, self._on_datagram, self._wall_clock = me, ring, on_datagram, wall_clock
+        self._names = Names()
         self._transport: Any = None
 
     @classmethod
@@ -55,17 +57,19 @@ class Datagrams(asyncio.DatagramProtocol):
         return self
 
     def send(self, address: tuple[str, int], message: bytes) -> bool:
-        """Seal and send; ``address`` is an IP and a port (names are resolved by the caller, a lookup would block).
+        """Seal and send to an address and port; a host name is looked up in the background, and kept for a minute.
 
-        False when it was dropped here.  Raises ``ValueError`` when ``message`` does not fit a datagram.
+        False when it was dropped here (the first one to a name is).  Raises ``ValueError`` when ``message`` does not
+        fit a datagram.
         """
-        if self._transport is None or self._transport.get_write_buffer_size() > MAX_UNSENT:
+        where = self._names.find(address)
+        if where is None or self._transport is None or self._transport.get_write_buffer_size() > MAX_UNSENT:
             self.counts.dropped += 1
             return False
         sealed = self._ring.seal(self._me, message, self._wall_clock())
         dropped = self.counts.dropped
         try:
-            self._transport.sendto(sealed, address)
+            self._transport.sendto(sealed, where)
         except (OSError, ValueError):  # uvloop raises for an address of another family, asyncio tells error_received
             self.counts.dropped += 1
         if self.counts.dropped != dropped:
@@ -78,6 +82,7 @@ class Datagrams(asyncio.DatagramProtocol):
         if self._transport is not None:
             self._transport.close()
             self._transport = None
+        self._names.close()
 
     def connection_made(self, transport: Any) -> None:
         self._transport = transport

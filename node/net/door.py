@@ -17,6 +17,7 @@ from collections.abc import Awaitable, Callable
 import msgspec
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp.web_protocol import RequestHandler
 
 from mesh.errors import CapacityError, MeshError, PeerError, PeerUnreachable
 from mesh.types import NodeId
@@ -28,6 +29,9 @@ from node.security.admission import Challenge, Challenges, Refused, Reply, Reque
 from node.security.tls import PeerTls, peer_subject
 
 HANDSHAKE_S = 5.0
+FIRST_REQUEST_S = 5.0
+"""A new connection that asks nothing for this long (at most twice) is closed: strangers must not fill the door."""
+IDLE_S = 75.0
 BODY_S = 30.0
 """For a peer to send the body of a request."""
 JOIN_S = 8.0
@@ -48,6 +52,8 @@ class DoorCounts(msgspec.Struct):
     """Streams closed because a frame was malformed, and requests that made no sense."""
     strangers: int = 0
     """Requests without a certificate of this mesh on a path that needs one."""
+    silent: int = 0
+    """Connections closed because they asked for nothing."""
     revoked: int = 0
     joins: int = 0
     refused_joins: int = 0
@@ -73,6 +79,9 @@ class Door:
         self._streams: dict[tuple[NodeId, Lane], InStream] = {}
         self._challenges = Challenges()
         self._joining = 0
+        self._spoke: set[int] = set()
+        self._silent: dict[int, RequestHandler] = {}
+        self._sweeper: asyncio.TimerHandle | None = None
         self._server: asyncio.Server | None = None
         self._app = web.Application(middlewares=[self._guard], client_max_size=MAX_RPC_BYTES)
         self._app.router.add_get("/peer/stream", self._stream)
@@ -83,7 +92,12 @@ class Door:
         logger.parent = logging.getLogger("node.net")
         logger.addFilter(self._is_ours)
         self._runner = web.AppRunner(
-            self._app, access_log=None, logger=logger, shutdown_timeout=1.0, handle_signals=False
+            self._app,
+            access_log=None,
+            logger=logger,
+            shutdown_timeout=1.0,
+            keepalive_timeout=IDLE_S,
+            handle_signals=False,
         )
 
     def on_rpc(self, verb: str, handler: Handler) -> None:
@@ -100,12 +114,13 @@ class Door:
         await self._runner.setup()
         assert self._runner.server is not None
         self._server = await asyncio.get_running_loop().create_server(
-            *(self._runner.server,),
+            self._runner.server,
             sock=sock,
             ssl=self._tls.server,
             ssl_handshake_timeout=HANDSHAKE_S,
             ssl_shutdown_timeout=1.0,
         )
+        self._sweep()
 
     def drop(self, node_id: NodeId) -> None:
         """Close every connection on which ``node_id`` has something open."""
@@ -119,7 +134,21 @@ class Door:
             self._server.close()
         for node_id in list(self._live):
             self.drop(node_id)
+        if self._sweeper is not None:
+            self._sweeper.cancel()
         await self._runner.cleanup()
+
+    def _sweep(self) -> None:
+        """Close who has asked for nothing in the whole time since the last sweep; then again."""
+        assert self._runner.server is not None
+        still_open = {id(connection): connection for connection in self._runner.server.connections}
+        self._spoke &= still_open.keys()
+        for key, connection in still_open.items():
+            if key not in self._spoke and self._silent.get(key) is connection and connection.transport is not None:
+                self.counts.silent += 1
+                connection.transport.close()
+        self._silent = {key: connection for key, connection in still_open.items() if key not in self._spoke}
+        self._sweeper = asyncio.get_running_loop().call_later(FIRST_REQUEST_S, self._sweep)
 
     def _is_ours(self, record: logging.LogRecord) -> bool:
         """Log what our handlers raise; count what strangers send that is not HTTP, or their garbage fills the log."""
@@ -135,6 +164,7 @@ class Door:
     async def _guard(
         self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
     ) -> web.StreamResponse:
+        self._spoke.add(id(request.protocol))
         try:
             if request.path.startswith("/peer/join/"):
                 return await handler(request)

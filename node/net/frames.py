@@ -21,8 +21,12 @@ Lane = Literal["control", "tensor"]
 MAX_KIND_CHARS = 32
 MAX_MESSAGE = 4 * 2**20
 """Bytes of a frame's message: a full sync of thousands of members, or a committed record, fits."""
-MAX_BODY = 32 * 2**20
-"""Bytes of a frame's tensor."""
+CREDIT_BYTES = 32 * 2**20
+"""Bodies of one lane that may be on their way, or held by the receiver's consumer."""
+RETURN_BYTES = CREDIT_BYTES // 8
+"""Credit goes back in lumps of this, so that a decode step costs no message of its own in the other direction."""
+MAX_BODY = CREDIT_BYTES - RETURN_BYTES
+"""Bytes of a frame's tensor: what a sender always has credit for once the receiver's consumer is done with all."""
 MAX_HEADER = MAX_MESSAGE + 1024
 BATCH_BYTES = 64 * 1024
 """Waiting frames are joined up to this, so that many small ones cost one TLS record and one system call."""

@@ -9,11 +9,7 @@ from aiohttp import WSMsgType, web
 
 from mesh.errors import PeerError
 from mesh.types import NodeId
-from node.net.frames import CREDIT, MAX_WS_MESSAGE, Lane, decode
-from node.net.stream import CREDIT_BYTES
-
-RETURN_BYTES = CREDIT_BYTES // 8
-"""Credit goes back in lumps of this: one small message for several tensors."""
+from node.net.frames import CREDIT, CREDIT_BYTES, MAX_WS_MESSAGE, RETURN_BYTES, Lane, decode
 
 
 class Received:
@@ -64,7 +60,7 @@ class InStream:
     def give_back(self, size: int) -> None:
         """The consumer is done with ``size`` bytes of bodies."""
         self._owed += size
-        if self._owed >= RETURN_BYTES or self._owed == self._held:
+        if self._owed >= RETURN_BYTES:
             self._owes.set()
 
     def abort(self) -> None:

@@ -20,7 +20,7 @@ from typing import NamedTuple, Protocol
 import aiohttp
 
 from mesh.errors import PeerUnreachable
-from node.net.frames import BATCH_BYTES, CREDIT, Lane
+from node.net.frames import BATCH_BYTES, CREDIT, CREDIT_BYTES, Lane
 
 IDLE_S = 60.0
 WRITE_S = 5.0
@@ -29,8 +29,6 @@ SLOWEST_BYTES_PER_S = 125_000
 FIRST_BACKOFF_S, MAX_BACKOFF_S = 0.05, 2.0
 CLOSE_S = 0.5
 
-CREDIT_BYTES = 32 * 2**20
-"""Bodies that may be on their way, or held by the receiver's consumer."""
 MAX_QUEUED_FRAMES = 4096
 MAX_QUEUED_BYTES: dict[Lane, int] = {"control": 16 * 2**20, "tensor": 64 * 2**20}
 

@@ -31,8 +31,13 @@ class PeerTls:
         self.client = pinned_client(membership.cas)
         self.reload()
 
-    def reload(self) -> None:
-        """Use the certificate and key now in the file for every handshake from here on.  Raises ``ConfigError``."""
+    def reload(self, membership: Membership | None = None) -> None:
+        """Use the certificate and key now in the file for every handshake from here on.  Raises ``ConfigError``.
+
+        With ``membership``, its authorities are trusted as well; ssl can add a root to a live context, not remove one.
+        """
+        for context in (self.server, self.client):
+            _trust(context, membership.cas if membership else ())
         try:
             self.server.load_cert_chain(self.pem)
             self.client.load_cert_chain(self.pem)
@@ -84,9 +89,13 @@ def unverified_chain(ssl_object: Any) -> list[bytes]:
 def _context(protocol: int, cas: tuple[bytes, ...]) -> ssl.SSLContext:
     context = ssl.SSLContext(protocol)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
+    _trust(context, cas)
+    return context
+
+
+def _trust(context: ssl.SSLContext, cas: tuple[bytes, ...]) -> None:
     for der in cas:
         try:
             context.load_verify_locations(cadata=der)
         except ssl.SSLError as error:
             raise PeerError(f"not a CA certificate: {error.reason}") from None
-    return context

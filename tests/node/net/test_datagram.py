@@ -9,6 +9,7 @@ import pytest
 
 from mesh.errors import ConfigError
 from mesh.types import MeshId, NodeId
+from node.net import names
 from node.net.address import bind_pair, format_address, parse_address
 from node.net.datagram import Datagrams
 from node.security.keyring import MAX_MESSAGE, KeyRing, new_gossip_key
@@ -106,3 +107,25 @@ def test_addresses() -> None:
     for text in ("", "9000", ":9000", "host", "host:", "host:x", "host:70000", "::1:9000", "host:-1", "host:²"):
         with pytest.raises(ConfigError, match="--listen must be HOST:PORT"):
             parse_address(text, "--listen")
+
+
+async def test_a_name_is_looked_up_behind_the_sender() -> None:
+    ring = KeyRing(MESH, [new_gossip_key()])
+    a, _, _ = await endpoint(A, ring)
+    b, b_inbox, (_, port) = await endpoint(B, ring)
+    assert not a.send(("localhost", port), b"1")
+    await a._names._asking["localhost", port]
+    assert a.send(("localhost", port), b"2")
+    assert (await b_inbox.get())[1] == b"2"
+    assert not a.send(("no such host", port), b"3")
+    await a._names._asking["no such host", port]
+    assert not a.send(("no such host", port), b"4")
+    a.close(), b.close()
+
+
+def test_names_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(names, "MAX_NAMES", 3)
+    cache = names.Names()
+    for port in range(10):
+        assert cache.find(("192.0.2.1", port)) == ("192.0.2.1", port)
+    assert len(cache._known) == 3

@@ -45,15 +45,17 @@ async def test_garbage_on_tcp_harms_nobody_and_stays_nowhere(town: Any) -> None:
         answer = await raw(b.address, b"GET /" + b"a" * 20_000 + b" HTTP/1.1\r\n\r\n", looking_client())
         assert b"400" in answer or not answer
 
-    for _ in range(3):
-        await attack()
-    gc.collect()
+    async def memory_after(attacks: int) -> int:
+        for _ in range(attacks):
+            await attack()
+        while b.door._runner.server.connections:
+            await asyncio.sleep(0)
+        gc.collect()
+        return tracemalloc.get_traced_memory()[0]
+
+    await memory_after(3)
     tracemalloc.start()
-    before = tracemalloc.get_traced_memory()[0]
-    for _ in range(10):
-        await attack()
-    gc.collect()
-    grown = tracemalloc.get_traced_memory()[0] - before
+    grown = -await memory_after(2) + await memory_after(10)
     tracemalloc.stop()
     assert grown < 50_000
     assert b.door.counts.garbage >= 13
@@ -190,3 +192,20 @@ def _frame(header: bytes, body: bytes = b"") -> bytes:
 def test_a_malformed_frame_is_a_peer_error(data: bytes) -> None:
     with pytest.raises(PeerError):
         list(decode(data))
+
+
+async def test_who_connects_and_asks_for_nothing_is_shown_out(town: Any, monkeypatch: Any) -> None:
+    from node.net import door
+
+    monkeypatch.setattr(door, "FIRST_REQUEST_S", 0.05)
+    a, b = await town.member(), await town.member()
+    host, port = b.address.split(":")
+    reader, writer = await asyncio.open_connection(host, int(port), ssl=looking_client())
+    assert await reader.read() == b""
+    writer.transport.abort()
+    assert b.door.counts.silent == 1
+    a.send(b, "vote")
+    await b.frames.get()
+    for _ in range(3):
+        b.door._sweep()
+    assert b.door.counts.silent == 1, "a connection that asked is let be"

@@ -8,9 +8,8 @@ import pytest
 from mesh.errors import CapacityError, PeerError, PeerUnreachable, RequestError, StalePlacement
 from node.net import stream
 from node.net.address import bind_pair, parse_address
-from node.net.frames import encode
+from node.net.frames import CREDIT_BYTES, MAX_BODY, encode
 from node.net.inbound import Received
-from node.net.stream import CREDIT_BYTES
 from node.security.ca import node_name
 
 
@@ -140,9 +139,9 @@ async def test_a_peer_that_overdraws_its_credit_is_cut_off(town: Any) -> None:
         aiohttp.ClientSession() as session,
         session.ws_connect(url, ssl=a.tls.client, server_hostname=name) as socket,
     ):
-        await socket.send_bytes(encode("forward", b"", bytes(CREDIT_BYTES)))
+        await socket.send_bytes(encode("forward", b"", bytes(MAX_BODY)))
         await b.frames.get()
-        await socket.send_bytes(encode("forward", b"", b"one more"))
+        await socket.send_bytes(encode("forward", b"", bytes(CREDIT_BYTES - MAX_BODY + 1)))
         assert (await socket.receive()).type in (aiohttp.WSMsgType.CLOSED, aiohttp.WSMsgType.ERROR)
     assert b.frames.empty()
     assert b.door.counts.garbage == 1
@@ -238,3 +237,11 @@ def test_contexts_speak_tls_1_3_only() -> None:
     from node.security.tls import looking_client
 
     assert looking_client().minimum_version is ssl.TLSVersion.TLSv1_3
+
+
+async def test_the_largest_body_never_waits_for_credit_that_lies_idle(town: Any) -> None:
+    a, b = await town.member(), await town.member()
+    a.send(b, "forward", b"", bytes(CREDIT_BYTES - MAX_BODY - 1))  # too little for the receiver to return
+    await b.frames.get()
+    a.send(b, "forward", b"whole", bytes(MAX_BODY))
+    assert (await b.frames.get())[2] == b"whole"
