@@ -18,7 +18,7 @@ import msgspec
 
 from mesh.balance import Balance, Holder, HopCost, Measured, hop_cost
 from mesh.errors import NoRoute
-from mesh.types import LayerSpan, ModelId, ModelInfo, NodeId
+from mesh.types import Hop, LayerSpan, ModelId, ModelInfo, NodeId, Route
 from mesh.view import MemberView, MeshView, gaps
 
 UNHEALTHY = 1e12
@@ -30,28 +30,6 @@ OTHER_HARDWARE = 1e8
 
 PATHS_KEPT = 3
 """Partial paths kept at each boundary: more than one, since a node may be used only once."""
-
-
-class Hop(msgspec.Struct, frozen=True):
-    """``node`` runs layers [start, end)."""
-
-    node: NodeId
-    start: int
-    end: int
-
-
-class Route(msgspec.Struct, frozen=True):
-    """Hops that cover all layers of ``model``, in order, without gap or overlap."""
-
-    model: ModelId
-    hops: tuple[Hop, ...]
-
-    def hop_of(self, node: NodeId) -> Hop | None:
-        return next((hop for hop in self.hops if hop.node == node), None)
-
-    @property
-    def nodes(self) -> tuple[NodeId, ...]:
-        return tuple(hop.node for hop in self.hops)
 
 
 class RouteRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -94,15 +72,26 @@ def find_route(view: MeshView, request: RouteRequest) -> Route:
     if not holders:
         raise NoRoute(_no_route(model, wanted))
     cost = _cost(view, request, model, holders)
-    hops, used = list(request.keep), frozenset(hop.node for hop in request.keep)
+    for _ in wanted:
+        hops, failed = _fill_gaps(holders, cost, wanted, frozenset(hop.node for hop in request.keep))
+        if failed is None:
+            return Route(model.id, _in_order([*request.keep, *hops]))
+        wanted = (failed, *(gap for gap in wanted if gap != failed))  # give it the first choice of nodes
+    raise NoRoute(_no_route(model, _uncovered([span for _, span in holders], *wanted[0])))
+
+
+def _fill_gaps(
+    holders: list[Holder], cost: HopCost, wanted: tuple[tuple[int, int], ...], used: frozenset[NodeId]
+) -> tuple[list[Hop], tuple[int, int] | None]:
+    """Hops for all gaps, each node used once; or the gap for which no node was left."""
+    hops: list[Hop] = []
     for start, end in wanted:
         path = _shortest(holders, cost, start, end, used)
         if path is None:
-            spans = [span for member, span in holders if member.id not in used]
-            raise NoRoute(_no_route(model, _uncovered(spans, start, end)))
+            return hops, (start, end)
         hops += path
         used |= {hop.node for hop in path}
-    return Route(model.id, _in_order(hops))
+    return hops, None
 
 
 def _holders(view: MeshView, request: RouteRequest) -> list[Holder]:

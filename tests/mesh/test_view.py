@@ -1,0 +1,85 @@
+"""What a node believes of the mesh."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from mesh.placement import NodeCapacity, place
+from mesh.types import LayerSpan, NodeProfile
+from mesh.view import MemberView, MeshView, gaps
+from tests.mesh.views import PLAIN, member, view
+
+
+def test_who_is_there() -> None:
+    mesh = view(member("a", state="suspect"), member("b", state="dead"), member("c"))
+    assert [m.id for m in mesh.live()] == ["me", "c"]
+    assert mesh.member("b") is not None
+    assert mesh.member("x") is None
+    assert mesh.name_of("a") == "name-a"
+    assert mesh.name_of("0123456789abcdef") == "01234567"
+
+
+def test_who_holds_what() -> None:
+    mesh = view(member("a", (0, 4)), member("b", (3, 6), state="suspect"), member("c", (5, 8), state="dead"))
+    assert [m.id for m in mesh.holders("m", 3)] == ["a", "b"]
+    assert mesh.holders("m", 7) == ()
+    assert mesh.uncovered(PLAIN) == ((6, 8),)
+    assert mesh.uncovered(PLAIN, without="a") == ((0, 3), (6, 8))
+
+
+def test_a_span_may_be_dropped_when_others_serve_all_of_it() -> None:
+    mesh = msgspec.structs.replace(view(member("a", (0, 4)), member("b", (4, 6))), me="b")
+    assert not mesh.may_drop(LayerSpan("m", 4, 6))
+    both = view(member("a", (0, 4)), member("b", (2, 6)), member("c", (3, 6)))
+    assert msgspec.structs.replace(both, me="b").may_drop(LayerSpan("m", 2, 6))
+    assert not msgspec.structs.replace(both, me="a").may_drop(LayerSpan("m", 0, 4))
+
+
+def test_a_model_is_known_from_the_placement_or_an_offer() -> None:
+    assert view().model("m") == PLAIN
+    assert view().model("other") is None
+    assert MeshView("me").model("m") is None
+    placed = MeshView("me", placement=place([PLAIN], [NodeCapacity("a", 8000)]))
+    assert placed.model("m") == PLAIN
+
+
+def test_weights_come_from_offers_first_then_from_spans() -> None:
+    offer = msgspec.structs.replace
+    whole = member("whole")
+    whole = offer(whole, profile=offer(whole.profile, models=(PLAIN,)))
+    late = offer(whole, id="late", state="suspect")
+    mesh = view(member("part", (0, 4)), late, whole, member("idle"))
+    mesh = offer(mesh, placement=place([PLAIN], [NodeCapacity("part", 8000)]))
+    assert mesh.sources(PLAIN.manifest) == ("whole", "late", "part")
+
+
+def test_survivability_counts_the_living_that_stay() -> None:
+    placement = place([PLAIN], [NodeCapacity(name, 8000) for name in ("a", "b", "c")])
+    mesh = view(member("a"), member("b", draining=True), member("c", state="suspect"))
+    assert msgspec.structs.replace(mesh, placement=placement).survivability() == {"m": 0}
+
+
+def test_capacities_for_the_coordinator() -> None:
+    a = MemberView("a", "alive", NodeProfile(weight_bytes=5, flops=1.0, bandwidth=2.0, rtt_ms=3.0, draining=True))
+    mesh = MeshView("a", (a, MemberView("b", "dead"), MemberView("c", "suspect")))
+    assert mesh.capacities() == (NodeCapacity("a", 5, 1.0, 2.0, 3.0, "any", True), NodeCapacity("c", 0))
+
+
+@pytest.mark.parametrize(
+    ("spans", "expected"),
+    [
+        ([], ((0, 8),)),
+        ([(0, 8)], ()),
+        ([(2, 4), (1, 3)], ((0, 1), (4, 8))),
+        ([(0, 2), (5, 9)], ((2, 5),)),
+        ([(9, 12)], ((0, 8),)),
+    ],
+)
+def test_gaps(spans: list[tuple[int, int]], expected: tuple[tuple[int, int], ...]) -> None:
+    assert gaps([LayerSpan("m", a, b) for a, b in spans], 8) == expected
+
+
+def test_views_are_values() -> None:
+    with pytest.raises(AttributeError):
+        view().me = "you"  # type: ignore[misc]
