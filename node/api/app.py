@@ -19,7 +19,7 @@ from node.telemetry import Telemetry, get_logger
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
-NOT_BUILT = ("/v1/embeddings", "/v1/responses", "/v1/files", "/v1/vector_stores")
+NOT_BUILT = ("/v1/embeddings", "/v1/files", "/v1/vector_stores")
 
 
 def make_app(service: Service, settings: ApiSettings, telemetry: Telemetry) -> web.Application:
@@ -31,6 +31,7 @@ def make_app(service: Service, settings: ApiSettings, telemetry: Telemetry) -> w
         [
             web.post("/v1/chat/completions", openai.chat_completions),
             web.post("/v1/completions", openai.completions),
+            web.post("/v1/responses", openai.responses),
             web.get("/v1/models", openai.list_models),
             web.get("/v1/models/{id:.+}", openai.show_model),
             web.delete("/v1/sessions/{id}", system.cancel_session),

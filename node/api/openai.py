@@ -18,12 +18,14 @@ from node.api.errors import json_response
 from node.api.guard import need
 from node.api.messages import normalise
 from node.api.respond import respond
+from node.api.responses import as_chat
 from node.api.run import Call, Choice
 from node.api.schemas import ChatBody, CompletionBody, GenerationBody, read_body, read_object
 from node.api.service import Form, GenerationRequest
 from node.api.structured import structure_of
 from node.text.tokenizer import LONG_TEXT, Tokenizer, encode_off_loop, off_loop
 
+ID_PREFIXES: dict[Form, str] = {"chat": "chatcmpl-", "completion": "cmpl-", "response": "resp_"}
 COMPLETION_TOKENS = 16
 """OpenAI's default of the completion form; a chat's is what fits."""
 MAX_PROMPTS = 2_048
@@ -40,6 +42,17 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     return await respond(request, await chat_call(api, context, request, raw, body, model, tokenizer))
 
 
+async def responses(request: web.Request) -> web.StreamResponse:
+    """``/v1/responses``: the same generation as a chat, said in other words."""
+    api, context = request.app[API], request[CONTEXT]
+    need(context.caller, "infer")
+    raw = await request.read()
+    body = as_chat(read_object(raw))
+    model = find_model(api, body.model)
+    tokenizer = await api.service.tokenizer(model.id)
+    return await respond(request, await chat_call(api, context, request, raw, body, model, tokenizer, "response"))
+
+
 async def completions(request: web.Request) -> web.StreamResponse:
     api, context = request.app[API], request[CONTEXT]
     need(context.caller, "infer")
@@ -51,7 +64,14 @@ async def completions(request: web.Request) -> web.StreamResponse:
 
 
 async def chat_call(
-    api: Api, context: Context, request: web.Request, raw: bytes, body: ChatBody, model: ModelInfo, tokenizer: Tokenizer
+    api: Api,
+    context: Context,
+    request: web.Request,
+    raw: bytes,
+    body: ChatBody,
+    model: ModelInfo,
+    tokenizer: Tokenizer,
+    form: Form = "chat",
 ) -> Call:
     """A chat as a ``Call``.  RequestError names whatever cannot be done."""
     logprobs = params.chat_logprobs(body.logprobs, body.top_logprobs)
@@ -63,7 +83,7 @@ async def chat_call(
     wanted = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     param = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
     limit = params.fit(len(ids), wanted, api.settings.default_max_tokens, model, param=param)
-    base = _base_request(context, request, raw, body, model, sampling, "chat")
+    base = _base_request(context, request, raw, body, model, sampling, form)
     requests = _choices(base, tuple(ids), limit, body.n or 1, first=0)
     choices = tuple(Choice(at, each) for at, each in enumerate(requests))
     return Call(choices, len(ids), tokenizer, structure)
@@ -191,7 +211,7 @@ def _base_request(
         form=form,
         stream=bool(body.stream),
         include_usage=bool(options and options.include_usage),
-        response_id=("chatcmpl-" if form == "chat" else "cmpl-") + context.session,
+        response_id=ID_PREFIXES[form] + context.session,
         created=int(time.time()),
     )
 

@@ -15,6 +15,9 @@ from node.api.service import Recovery
 class Render(Protocol):
     """One request's shapes.  Deltas of a choice must come in order: completions count text offsets."""
 
+    done: bool
+    """Whether the stream ends with ``[DONE]``."""
+
     def opening(self, choice: int) -> list[dict[str, Any]]:
         """Chunks before the first text of a choice."""
         ...
@@ -23,18 +26,20 @@ class Render(Protocol):
         """Chunks for ``delta``, the one with its finish_reason last."""
         ...
 
-    def usage(self, run: Run) -> dict[str, Any]:
-        """The chunk after all others where ``include_usage``."""
+    def closing(self, run: Run) -> list[dict[str, Any]]:
+        """Chunks after all others: the usage, where it was asked for."""
+        ...
+
+    def failure(self, error: dict[str, Any]) -> dict[str, Any]:
+        """The last chunk of a stream that broke; ``error`` is OpenAI's error object."""
         ...
 
     def whole(self, deltas: Iterable[Delta], run: Run) -> dict[str, Any]: ...
 
 
-def make_render(call: Call) -> Render:
-    return ChatRender(call) if call.first.form == "chat" else CompletionRender(call)
-
-
 class _Base:
+    done = True
+
     def __init__(self, call: Call, object_: str) -> None:
         first = call.first
         self._call, self._top = call, first.sampling.logprobs
@@ -44,8 +49,13 @@ class _Base:
     def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {**self._head, "choices": choices, **self._null_usage}
 
-    def usage(self, run: Run) -> dict[str, Any]:
-        return {**self._head, "choices": [], "usage": usage_of(self._call, run)}
+    def closing(self, run: Run) -> list[dict[str, Any]]:
+        if not self._call.first.include_usage:
+            return []
+        return [{**self._head, "choices": [], "usage": usage_of(self._call, run)}]
+
+    def failure(self, error: dict[str, Any]) -> dict[str, Any]:
+        return {"error": error}
 
 
 class ChatRender(_Base):

@@ -8,7 +8,8 @@ from aiohttp import web
 
 from node.api.context import API, CONTEXT, Api, Context
 from node.api.errors import error_object, json_response
-from node.api.render import Render, make_render
+from node.api.render import ChatRender, CompletionRender, Render
+from node.api.responses import ResponseRender
 from node.api.run import Call, Delta, Opened, Run
 from node.api.sse import EventStream, Silence
 from node.telemetry import get_logger
@@ -54,8 +55,7 @@ async def _stream(request: web.Request, api: Api, context: Context, run: Run, ca
                 if isinstance(item, Delta):
                     run.acknowledge(item)
             await stream.comment_if_due()
-        if call.first.include_usage:
-            await stream.send([(stream.last_id, render.usage(run))])
+        await stream.send([(stream.last_id, chunk) for chunk in render.closing(run)])
     except ConnectionError:
         raise  # the client is gone: nobody to tell
     except Exception as error:
@@ -66,10 +66,14 @@ async def _stream(request: web.Request, api: Api, context: Context, run: Run, ca
         get_logger("api").warning(
             "stream failed", error=body["code"], why=type(error).__name__, exc_info=body["code"] == "internal_error"
         )
-        await stream.send([(stream.last_id, {"error": body})])
+        await stream.send([(stream.last_id, render.failure(body))])
     finally:
         silence.stop()
-    return await stream.finish()
+    return await stream.finish(done=render.done)
+
+
+def make_render(call: Call) -> Render:
+    return {"chat": ChatRender, "completion": CompletionRender, "response": ResponseRender}[call.first.form](call)
 
 
 def _events(render: Render, item: Opened | Delta) -> list[tuple[str, dict[str, Any]]]:

@@ -14,7 +14,7 @@ import msgspec
 from mesh.types import ModelId, ModelInfo, Priority, SamplingParams
 from node.text.tokenizer import Tokenizer
 
-Form = Literal["chat", "completion"]
+Form = Literal["chat", "completion", "response"]
 Scope = Literal["infer", "rag", "admin"]
 EndReason = Literal["stop", "length", "cancelled"]
 CancelReason = Literal["stop", "cancelled", "disconnected"]

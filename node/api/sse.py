@@ -55,13 +55,15 @@ class EventStream:
         self._silence.put_off()
 
     async def send(self, events: list[tuple[str, dict[str, Any]]]) -> None:
-        """(id, data) each, in one write."""
+        """(id, data) each, in one write; data of a ``type`` is an event of that name."""
         if events:
             self.last_id = events[-1][0]
-            await self._write(b"".join(event(id_, _encode(data)) for id_, data in events))
+            await self._write(b"".join(event(id_, _encode(data), data.get("type", "")) for id_, data in events))
 
-    async def finish(self) -> web.StreamResponse:
-        await self._write(event(self.last_id, DONE))
+    async def finish(self, *, done: bool) -> web.StreamResponse:
+        """End the response, after ``[DONE]`` where the form has it."""
+        if done:
+            await self._write(event(self.last_id, DONE))
         await self._response.write_eof()
         return self._response
 
@@ -74,7 +76,9 @@ class EventStream:
         self._silence.put_off()
 
 
-def event(id_: str, data: bytes) -> bytes:
+def event(id_: str, data: bytes, name: str = "") -> bytes:
     """One event; JSON has no raw line breaks, so one data line is enough."""
     head = b"id: " + id_.encode() + b"\n" if id_ else b""
+    if name:
+        head += b"event: " + name.encode() + b"\n"
     return head + b"data: " + data + b"\n\n"

@@ -52,3 +52,11 @@ async def test_errors(sdk: Any, http: Http) -> None:
             model="demo", messages=[{"role": "user", "content": "Hi"}], stream=True
         ):
             pass
+
+
+async def test_responses(sdk: Any) -> None:
+    answer = await sdk.responses.create(model="demo", input="Hi")
+    assert (answer.output_text, answer.status) == (REPLY, "completed")
+    events = [event async for event in await sdk.responses.create(model="demo", input="Hi", stream=True)]
+    assert events[0].type == "response.created"
+    assert events[-1].response.output_text == REPLY
