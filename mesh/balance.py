@@ -39,6 +39,7 @@ class Measured:
         self.model = model
         self.me = me
         self.outstanding = outstanding
+        self._known: dict[NodeId, tuple[float, float, float]] = {}
 
     def sessions(self, member: MemberView) -> int:
         """Sessions that run, wait or were just sent there; own ones may be in the profile already: take the larger."""
@@ -67,11 +68,17 @@ class Measured:
 
     def hop_ms(self, member: MemberView, start: int, end: int) -> float:
         """Expected time of a hop, the leg of the wire to it included."""
-        head = 0.0
-        if end == self.model.n_layers:
-            head = step_ms(self.model, self.model.head_bytes, member.profile.flops, member.profile.bandwidth)
-        work = self.layers_ms(member, end - start) + head
-        return HOP_MS + work * self.queue(member) + self.leg_ms(member) + member.profile.load.lag_ms
+        figures = self._known.get(member.id)
+        if figures is None:
+            figures = self._known[member.id] = self._figures(member)
+        fixed, per_layer, head = figures
+        return fixed + (end - start) * per_layer + (head if end == self.model.n_layers else 0.0)
+
+    def _figures(self, member: MemberView) -> tuple[float, float, float]:
+        """(whatever it runs, a layer, the head), in milliseconds."""
+        queue, profile = self.queue(member), member.profile
+        head = step_ms(self.model, self.model.head_bytes, profile.flops, profile.bandwidth)
+        return HOP_MS + self.leg_ms(member) + profile.load.lag_ms, queue * self.layers_ms(member, 1), queue * head
 
 
 def draw(*parts: object) -> float:
@@ -83,9 +90,10 @@ def draw(*parts: object) -> float:
 def hop_cost(policy: Balance, measured: Measured, holders: Sequence[Holder], seed: int, prefix: str) -> HopCost:
     """The cost of a hop under ``policy``; ties are broken by a millionth of its expected time, then by ``seed``."""
     cost = _POLICY[policy](measured, holders, seed, prefix)
+    chance = {member.id: 1e-9 * draw(seed, member.id) for member, _ in holders}
 
     def whole(member: MemberView, span: LayerSpan, start: int, end: int) -> float:
-        tie = 1e-6 * measured.hop_ms(member, start, end) + 1e-9 * draw(seed, member.id)
+        tie = 1e-6 * measured.hop_ms(member, start, end) + chance[member.id]
         return min(cost(member, span, start, end) + tie, 1e6)
 
     return whole
@@ -118,7 +126,8 @@ def _weighted(measured: Measured, holders: Sequence[Holder], seed: int, prefix: 
         return member.profile.load.tokens_per_s or 1e3 / max(1e-3, measured.layer_ms(member))
 
     top = max(rate(member) for member, _ in holders)
-    return lambda member, span, start, end: 1e-3 - math.log(draw(seed, member.id)) * top / rate(member)
+    drawn = {member.id: 1e-3 - math.log(draw(seed, member.id)) * top / rate(member) for member, _ in holders}
+    return lambda member, span, start, end: drawn[member.id]
 
 
 def _memory(measured: Measured, holders: Sequence[Holder], seed: int, prefix: str) -> HopCost:
@@ -129,12 +138,11 @@ def _memory(measured: Measured, holders: Sequence[Holder], seed: int, prefix: st
 def _prefix_affinity(measured: Measured, holders: Sequence[Holder], seed: int, prefix: str) -> HopCost:
     """Rendezvous hashing, with bounded loads: a node with far more than its share of sessions costs more."""
     mean = sum(measured.sessions(member) for member, _ in holders) / len(holders)
-
-    def cost(member: MemberView, span: LayerSpan, start: int, end: int) -> float:
-        over = max(0.0, measured.sessions(member) - 2 * mean - 4)
-        return 0.5 + draw(prefix or seed, member.id) + over
-
-    return cost
+    drawn = {
+        member.id: 0.5 + draw(prefix or seed, member.id) + max(0.0, measured.sessions(member) - 2 * mean - 4)
+        for member, _ in holders
+    }
+    return lambda member, span, start, end: drawn[member.id]
 
 
 _POLICY: dict[Balance, Callable[[Measured, Sequence[Holder], int, str], HopCost]] = {

@@ -56,8 +56,19 @@ class RouteRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _Path(NamedTuple):
+    """A chain of hops in the making; paths compare by cost, then by number of hops."""
+
     cost: float
-    hops: tuple[Hop, ...]
+    n_hops: int
+    before: _Path | None
+    hop: Hop | None
+
+    def hops(self) -> list[Hop]:
+        found, path = [], self
+        while path.before is not None and path.hop is not None:
+            found.append(path.hop)
+            path = path.before
+        return found[::-1]
 
 
 def find_route(view: MeshView, request: RouteRequest) -> Route:
@@ -136,31 +147,31 @@ def _shortest(holders: list[Holder], cost: HopCost, start: int, end: int, used: 
     """The cheapest chain of hops over [start, end), each on a node of its own that is not in ``used``."""
     starts = sorted({span.start for _, span in holders if start < span.start < end})
     cuts = sorted({start, *starts, *(span.end for _, span in holders if start < span.end < end)})
-    paths: dict[int, list[_Path]] = {start: [_Path(0.0, ())]}
+    paths: dict[int, list[_Path]] = {start: [_Path(0.0, 0, None, None)]}
     for cut in cuts:
-        for path in _best(paths.get(cut, [])):
-            taken = used.union(hop.node for hop in path.hops)
-            for member, span in holders:
-                if member.id in taken or not span.start <= cut < span.end:
+        here = [holder for holder in holders if holder[1].start <= cut < holder[1].end and holder[0].id not in used]
+        for path, taken in _best(paths.pop(cut, [])):
+            for member, span in here:
+                if member.id in taken:
                     continue
                 furthest = min(span.end, end)
                 for to in (*(s for s in starts if cut < s < furthest), furthest):
-                    longer = (*path.hops, Hop(member.id, cut, to))
-                    paths.setdefault(to, []).append(_Path(path.cost + cost(member, span, cut, to), longer))
+                    dearer = path.cost + cost(member, span, cut, to)
+                    paths.setdefault(to, []).append(_Path(dearer, path.n_hops + 1, path, Hop(member.id, cut, to)))
     final = paths.get(end)
-    return None if not final else list(min(final, key=_rank).hops)
+    return None if not final else min(final, key=_rank).hops()
 
 
 def _rank(path: _Path) -> tuple[float, int]:
-    return path.cost, len(path.hops)
+    return path[:2]
 
 
-def _best(paths: list[_Path]) -> list[_Path]:
-    """The cheapest few, each of other nodes."""
+def _best(paths: list[_Path]) -> list[tuple[_Path, frozenset[NodeId]]]:
+    """The cheapest few, each with its nodes, each of other nodes."""
     kept: dict[frozenset[NodeId], _Path] = {}
-    for path in heapq.nsmallest(4 * PATHS_KEPT, paths, key=_rank):
-        kept.setdefault(frozenset(hop.node for hop in path.hops), path)
-    return list(kept.values())[:PATHS_KEPT]
+    for path in heapq.nsmallest(2 * PATHS_KEPT, paths, key=_rank):
+        kept.setdefault(frozenset(hop.node for hop in path.hops()), path)
+    return [(path, nodes) for nodes, path in kept.items()][:PATHS_KEPT]
 
 
 def _uncovered(spans: list[LayerSpan], start: int, end: int) -> tuple[tuple[int, int], ...]:
