@@ -1,0 +1,307 @@
+"""One packed forward's attention: where rows are written, and which keys each row reads.  Built once, used by all layers.
+
+Rows of single tokens come first, sorted by key length and slot: neighbours in the cache with equal (padded) key
+lengths are one batched product.  The other rows are cut into tiles of at most ``PAGE`` queries of one sequence.
+
+**Same bits, whatever the company.**  A row's result may depend on its position alone, never on the batch or the chunk
+that it came in.  Matrix products take other paths for fewer than 4 rows and block their sums by the key length.  So
+queries go in fours (a single token's heads that share a key head are padded to 4 rows), tiles end at absolute
+multiples of ``PAGE``, and the key length is the position rounded up to a page, the rest masked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import msgspec
+import torch
+import torch.nn.functional as F
+
+from node.engine.attention import MaskRule
+from node.engine.kv_cache import Extent, Place
+from node.engine.pages import PAGE, padded, runs_of
+
+Mask = torch.Tensor
+
+
+class Rows(msgspec.Struct, frozen=True):
+    """Positions [start, start + n) of the sequence at ``place``."""
+
+    place: Place
+    start: int
+    n: int
+
+
+class Run(msgspec.Struct, frozen=True):
+    """Batch rows [first, last), one a slot, over slots [low, high) of ``extent`` and ``keys`` keys."""
+
+    extent: Extent
+    first: int
+    last: int
+    low: int
+    high: int
+    keys: int
+    where: torch.Tensor | None
+    """Row -> slot - low; ``None``: every slot of the range has its row."""
+    positions: torch.Tensor
+    """[high - low]; -1 in slots without a row."""
+
+
+class Tile(msgspec.Struct, frozen=True):
+    """Batch rows [first, last) of one sequence, from position ``start`` on, over ``keys`` keys of ``slot``."""
+
+    extent: Extent
+    slot: int
+    first: int
+    last: int
+    start: int
+    keys: int
+
+
+class Write(msgspec.Struct, frozen=True):
+    """Batch rows (all, or ``rows``) go to ``index`` of the extent's flattened positions; ``clear``: slot, from, to."""
+
+    extent: Extent
+    rows: torch.Tensor | None
+    index: torch.Tensor
+    clear: tuple[tuple[int, int, int], ...]
+
+
+def packed_order(rows: Sequence[Rows]) -> list[int]:
+    """The order in which ``Batch`` wants its rows: indices into ``rows``."""
+
+    def place_of(i: int) -> tuple[int, int, int, int]:
+        r = rows[i]
+        return (r.n > 1, id(r.place.extent), padded(r.start + r.n) if r.n == 1 else i, r.place.slot)
+
+    return sorted(range(len(rows)), key=place_of)
+
+
+class Batch:
+    """The attention of one packed forward over ``rows``, which are in ``packed_order``."""
+
+    def __init__(self, rows: Sequence[Rows], device: torch.device, multiple: int = 1) -> None:
+        self.count = sum(r.n for r in rows)
+        self.padded_count = -(-self.count // multiple) * multiple
+        """Rows of the forward: the last one is repeated to a multiple of ``multiple``."""
+        positions = [p for r in rows for p in range(r.start, r.start + r.n)]
+        positions += positions[-1:] * (self.padded_count - self.count)
+        self.positions = torch.tensor(positions, device=device)
+        self._device = device
+        self._masks: dict[tuple[int, int], Mask] = {}
+        self._rules: list[MaskRule] = []
+        self._columns: dict[int, torch.Tensor] = {}
+        self._singles = [r for r in rows if r.n == 1]
+        self._runs = list(self._make_runs())
+        self._tiles = list(self._make_tiles(rows))
+        self._writes = list(self._make_writes(rows))
+        self.seen: dict[int, tuple[tuple[int, ...], tuple[int, ...]]] = {}
+        """Layer -> shapes of its keys and values, to learn a position's bytes."""
+
+    # -- the plan ------------------------------------------------------------------------------------------------------
+
+    def _make_runs(self) -> Any:
+        groups: dict[tuple[int, int], list[int]] = {}
+        for i, r in enumerate(self._singles):
+            groups.setdefault((id(r.place.extent), padded(r.start + 1)), []).append(i)
+        for (_, keys), members in groups.items():
+            slots = [self._singles[i].place.slot for i in members]
+            for a, b in runs_of(slots):
+                yield self._run(members[a], members[b - 1] + 1, keys)
+
+    def _run(self, first: int, last: int, keys: int) -> Run:
+        rows = self._singles[first:last]
+        low, high = rows[0].place.slot, rows[-1].place.slot + 1
+        positions = [-1] * (high - low)
+        for r in rows:
+            positions[r.place.slot - low] = r.start
+        where = None if high - low == len(rows) else torch.tensor([r.place.slot - low for r in rows])
+        found = torch.tensor(positions, device=self._device)
+        return Run(rows[0].place.extent, first, last, low, high, keys, where, found)
+
+    def _make_tiles(self, rows: Sequence[Rows]) -> Any:
+        first = len(self._singles)
+        for r in rows[first:]:
+            start, end = r.start, r.start + r.n
+            while start < end:
+                stop = min(end, padded(start + 1))
+                yield Tile(r.place.extent, r.place.slot, first, first + stop - start, start, padded(stop))
+                first, start = first + stop - start, stop
+
+    def _make_writes(self, rows: Sequence[Rows]) -> Any:
+        extents: dict[int, list[tuple[int, Rows]]] = {}
+        first = 0
+        for r in rows:
+            extents.setdefault(id(r.place.extent), []).append((first, r))
+            first += r.n
+        for members in extents.values():
+            extent = members[0][1].place.extent
+            index = [r.place.slot * extent.width + p for _, r in members for p in range(r.start, r.start + r.n)]
+            taken = [i for first, r in members for i in range(first, first + r.n)]
+            whole = len(taken) == self.count
+            yield Write(
+                extent,
+                None if whole else torch.tensor(taken, device=self._device),
+                torch.tensor(index, device=self._device),
+                tuple(self._fresh_tail(r) for _, r in members if (r.start + r.n - 1) // PAGE * PAGE >= r.start),
+            )
+
+    @staticmethod
+    def _fresh_tail(r: Rows) -> tuple[int, int, int]:
+        """The part of a page entered now that these rows do not write."""
+        return r.place.slot, r.start + r.n, padded(r.start + r.n)
+
+    # -- attention -----------------------------------------------------------------------------------------------------
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        rule: MaskRule | None,
+        scale: float,
+        softcap: float | None,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Write the rows' keys and values, read what they may see.  [1, H, T, D] each -> [1, T, Hq, Dv]."""
+        self._write(layer, key, value)
+        heads, total = query.shape[1], query.shape[2]
+        product = _plain if softcap is None and sinks is None else _special
+        rows = query[0].transpose(0, 1)
+        # Rows that only fill up the batch stay zero: NaN would confuse a router.
+        make = query.new_empty if total == self.count else query.new_zeros
+        out = make(total, heads, value.shape[-1])
+        for number, run in enumerate(self._runs):
+            mask = self._mask(rule, number, lambda run=run: self._run_mask(run), query.dtype)
+            self._attend_run(run, layer, rows, out, mask, product, (scale, softcap, sinks))
+        for number, tile in enumerate(self._tiles, len(self._runs)):
+            mask = self._mask(rule, number, lambda tile=tile: self._tile_mask(tile), query.dtype)
+            self._attend_tile(tile, layer, query, out, mask, product, (scale, softcap, sinks))
+        return out[None]
+
+    def _write(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        self.seen[layer] = (tuple(key.shape), tuple(value.shape))
+        for write in self._writes:
+            for target, source in zip(write.extent.layer(layer, key, value), (key, value), strict=True):
+                for slot, low, high in write.clear:
+                    target[slot, low:high] = 0
+                flat = target.view(-1, target.shape[2] * target.shape[3])
+                rows = source[0, :, : self.count].transpose(0, 1).reshape(self.count, -1)
+                flat.index_copy_(0, write.index, rows if write.rows is None else rows[write.rows])
+
+    def _attend_run(
+        self,
+        run: Run,
+        layer: int,
+        rows: torch.Tensor,
+        out: torch.Tensor,
+        mask: Mask,
+        product: Callable[..., torch.Tensor],
+        options: tuple[Any, ...],
+    ) -> None:
+        keys, values = (t[run.low : run.high, : run.keys].transpose(1, 2) for t in run.extent.tensors(layer))
+        slots, key_heads = keys.shape[:2]
+        heads, size = rows.shape[1:]
+        group = heads // key_heads
+        fours = -(-group // 4) * 4
+        query = rows[run.first : run.last].reshape(-1, key_heads, group, size)
+        if run.where is not None or fours != group:
+            wide = query.new_zeros(slots, key_heads, fours, size)
+            target = slice(None) if run.where is None else run.where
+            wide[target, :, :group] = query
+            query = wide
+        found = product(query, keys, values, mask.expand(-1, -1, fours, -1), *options)[:, :, :group]
+        found = found.reshape(slots, heads, -1)
+        out[run.first : run.last] = found if run.where is None else found[run.where]
+
+    def _attend_tile(
+        self,
+        tile: Tile,
+        layer: int,
+        query: torch.Tensor,
+        out: torch.Tensor,
+        mask: Mask,
+        product: Callable[..., torch.Tensor],
+        options: tuple[Any, ...],
+    ) -> None:
+        keys, values = (t[tile.slot : tile.slot + 1, : tile.keys].transpose(1, 2) for t in tile.extent.tensors(layer))
+        n = tile.last - tile.first
+        rows = query[:, :, tile.first : tile.last]
+        if n % 4:
+            rows = F.pad(rows, (0, 0, 0, -n % 4))
+        out[tile.first : tile.last] = product(rows, keys, values, mask, *options)[0, :, :n].transpose(0, 1)
+
+    # -- masks: additive, made once for each rule and piece ------------------------------------------------------------
+
+    def _mask(self, rule: MaskRule | None, piece: int, make: Callable[[], Any], dtype: torch.dtype) -> Mask:
+        found = self._masks.get((id(rule), piece))
+        if found is None:
+            queries, keys, shape = make()
+            columns = self._columns.get(keys)
+            if columns is None:
+                columns = self._columns[keys] = torch.arange(keys, device=self._device)
+            visible = columns <= queries if rule is None else rule.visible(0, 0, queries, columns)
+            found = torch.zeros(shape, dtype=dtype, device=self._device)
+            found.masked_fill_(
+                ~torch.as_tensor(visible).broadcast_to(queries.shape[0], keys).view(shape), float("-inf")
+            )
+            self._masks[id(rule), piece] = found
+            if rule is not None:
+                self._rules.append(rule)  # keeps its id from being given away
+        return found
+
+    @staticmethod
+    def _run_mask(run: Run) -> tuple[torch.Tensor, int, tuple[int, ...]]:
+        return run.positions[:, None], run.keys, (len(run.positions), 1, 1, run.keys)
+
+    def _tile_mask(self, tile: Tile) -> tuple[torch.Tensor, int, tuple[int, ...]]:
+        n = -(-(tile.last - tile.first) // 4) * 4
+        queries = torch.arange(tile.start, tile.start + n, device=self._device)
+        return queries[:, None], tile.keys, (1, 1, n, tile.keys)
+
+
+def _plain(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: Mask, scale: float, *_: Any
+) -> torch.Tensor:
+    shared = query.shape[1] != keys.shape[1]
+    return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scale, enable_gqa=shared)
+
+
+def _special(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: Mask,
+    scale: float,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """With soft-capped scores or attention sinks, which no fused kernel here takes."""
+    slots, key_heads, length, size = keys.shape
+    count = query.shape[1] * query.shape[2] // key_heads
+    scores = torch.matmul(query.reshape(slots, key_heads, count, size), keys.transpose(-1, -2)).float() * scale
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    scores = scores.view(slots, *query.shape[1:3], length) + mask
+    weights = _softmax(scores, sinks, key_heads)
+    found = torch.matmul(weights.to(values.dtype).view(slots, key_heads, count, length), values)
+    return found.view(slots, *query.shape[1:3], -1)
+
+
+def _softmax(scores: torch.Tensor, sinks: torch.Tensor | None, key_heads: int) -> torch.Tensor:
+    """Over the keys; ``sinks`` [Hq] take a share of every row of their head and give nothing.
+
+    Rows of a run are [slots, key heads, heads of the group, keys], rows of a tile [1, heads, queries, keys].
+    """
+    if sinks is None:
+        return scores.softmax(-1)
+    sink = sinks.float().view(1, -1, 1, 1)
+    if scores.shape[1] != sinks.shape[0]:
+        sink = F.pad(sinks.float().view(1, key_heads, -1), (0, scores.shape[2] - sinks.shape[0] // key_heads))[
+            ..., None
+        ]
+    peak = torch.maximum(scores.amax(-1, keepdim=True), sink)
+    weights = (scores - peak).exp()
+    return weights / (weights.sum(-1, keepdim=True) + (sink - peak).exp())

@@ -1,0 +1,229 @@
+"""The engine as the event loop sees it: open, submit, truncate and close never wait; results come by callback.
+
+Torch is imported when the first span is loaded, in another thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import msgspec
+
+from mesh.errors import ConfigError, StalePlacement
+from mesh.types import LayerSpan, ModelId, ModelInfo
+from node.engine.pages import KvBudget
+from node.engine.sequence import EngineStats, Result, SequenceSpec, Work
+
+if TYPE_CHECKING:
+    from node.engine.loading import Prepared
+    from node.engine.runner import Runner
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What one device may use."""
+
+    kv_bytes: int = 1 << 30
+    """For keys and values of all sequences together."""
+    threads: int = 1
+    exact: Literal["auto", "on", "off"] = "auto"
+    """``on`` refuses spans that fail the self-test, ``off`` skips it and advertises nothing."""
+    step_rows: int = 512
+    """Rows of one step at most; what goes beside decoding is measured and less."""
+
+
+class Loaded(msgspec.Struct, frozen=True):
+    """How a span is served."""
+
+    span: LayerSpan
+    mode: Literal["packed", "compat"]
+    exact: bool
+    """A position gives the same bits alone, in any batch, in any chunk, at any number of stages."""
+    layer_bytes: tuple[int, ...]
+    """Keys and values of one position, of each layer."""
+
+
+class Engine:
+    """One device.  All methods are for the event loop's thread; ``on_results`` is called there."""
+
+    def __init__(self, config: EngineConfig | None = None) -> None:
+        self.config = config or EngineConfig()
+        self.on_results: Callable[[list[Result]], None] = lambda results: None
+        self.hardware = ""
+        """Nodes of one hardware class replay to the same bits; known once a span is loaded."""
+        self.failed: asyncio.Future[None] | None = None
+        """Awaited by whoever must know that the device thread died of a bug; made with the thread."""
+        self._budget = KvBudget(self.config.kv_bytes)
+        self._open: dict[str, SequenceSpec] = {}
+        self._loaded: dict[ModelId, Loaded] = {}
+        self._loading = asyncio.Lock()
+        self._runner: Runner | None = None
+
+    # -- spans ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def loaded(self) -> tuple[Loaded, ...]:
+        """The spans that may be opened."""
+        return tuple(self._loaded.values())
+
+    @property
+    def exact(self) -> bool:
+        """Every loaded span passed the self-test."""
+        return bool(self._loaded) and all(loaded.exact for loaded in self._loaded.values())
+
+    async def load(self, model: ModelInfo, folder: Path, span: LayerSpan) -> Loaded:
+        """Serve ``span`` from now on, instead of what was served of ``model`` before.
+
+        Layers that are in memory stay; only missing ones are read from ``folder`` (which may lack the others' bytes).
+        Layers given up stay until the sessions on them are closed.  Raises ``ConfigError`` naming kind and reason.
+        """
+        if span.model != model.id or not 0 <= span.start < span.end <= model.n_layers:
+            raise ConfigError(f"{model.id} has no layers [{span.start}, {span.end})")
+        async with self._loading:
+            runner = await self._running()
+            return await self._load(runner, model, folder, span)
+
+    async def _load(self, runner: Runner, model: ModelInfo, folder: Path, span: LayerSpan) -> Loaded:
+        from node.engine.span import Part
+
+        wanted = Part.of_span(span.start, span.end, model.n_layers)
+        holding = runner.models.get(model.id)
+        missing = wanted.minus(holding.shard.part) if holding else wanted
+        before = self._loaded.get(model.id)
+        known = dict(zip(range(before.span.start, before.span.end), before.layer_bytes, strict=True)) if before else {}
+        mode, same = (before.mode, before.exact) if before else ("packed", True)
+        shard = holding.shard if holding else None
+        if missing:
+            prepared = await self._prepare(folder, missing, model.dtype)
+            if holding is not None and prepared.mode != holding.mode:
+                raise ConfigError(f"{model.id}: layers {span.start}-{span.end} need another mode than those held")
+            mode, same, shard = prepared.mode, same and prepared.exact, prepared.shard
+            known |= prepared.layer_bytes
+        assert shard is not None
+        await self._on_thread(runner.install, model.id, shard, mode, wanted)
+        layer_bytes = tuple(known[i] for i in range(span.start, span.end))
+        self._loaded[model.id] = Loaded(span, mode, same, layer_bytes)
+        return self._loaded[model.id]
+
+    async def _prepare(self, folder: Path, part: object, dtype: str) -> Prepared:
+        from node.engine.loading import prepare
+
+        return await asyncio.to_thread(prepare, folder, part, dtype, self.config.exact, self.config.threads)  # type: ignore[arg-type]
+
+    async def unload(self, span: LayerSpan) -> None:
+        """Serve nothing of ``span.model`` any more; its memory is free when the last session on it is closed."""
+        async with self._loading:
+            if self._loaded.pop(span.model, None) is not None:
+                assert self._runner is not None
+                await self._on_thread(self._runner.unload, span.model)
+
+    async def _running(self) -> Runner:
+        """The device thread, started at first use: torch takes seconds to import."""
+        if self._runner is None:
+            loop = asyncio.get_running_loop()
+            self.failed = loop.create_future()
+            self._runner = await asyncio.to_thread(
+                _make_runner, self.config, self._deliverer(loop), self._mourner(loop)
+            )
+            self._runner.start()
+        return self._runner
+
+    def _deliverer(self, loop: asyncio.AbstractEventLoop) -> Callable[[list[Result]], None]:
+        return lambda results: loop.call_soon_threadsafe(self._on_results, results)  # type: ignore[return-value]
+
+    def _mourner(self, loop: asyncio.AbstractEventLoop) -> Callable[[BaseException], None]:
+        return lambda error: loop.call_soon_threadsafe(self._on_death, error)  # type: ignore[return-value]
+
+    async def _on_thread(self, call: Callable[..., None], *args: object) -> None:
+        """Run ``call(*args, done)`` on the device thread and wait until it calls ``done``."""
+        assert self._runner is not None
+        loop, done = asyncio.get_running_loop(), asyncio.Event()
+        self._runner.post(call, *args, lambda: loop.call_soon_threadsafe(done.set))
+        await done.wait()
+
+    def _on_death(self, error: BaseException) -> None:
+        if self.failed is not None and not self.failed.done():
+            self.failed.set_exception(error)
+
+    async def stop(self) -> None:
+        """End after the current step.  Sequences still open are forgotten."""
+        if self._runner is not None:
+            self._runner.stop()
+            await asyncio.to_thread(self._runner.join)
+
+    # -- sequences -----------------------------------------------------------------------------------------------------
+
+    def open(self, spec: SequenceSpec) -> None:
+        """Reserve room for all of ``spec.max_positions``, so that the sequence is never stopped for memory.
+
+        Raises ``StalePlacement`` when the layers are not held here, ``CapacityError`` when there is no room.
+        """
+        loaded = self._loaded.get(spec.model)
+        if loaded is None or not loaded.span.covers(spec.start, spec.end) or spec.start >= spec.end:
+            raise StalePlacement(f"layers [{spec.start}, {spec.end}) of {spec.model} are not held here")
+        assert self._runner is not None
+        a, b = spec.start - loaded.span.start, spec.end - loaded.span.start
+        self._budget.reserve(spec.key, spec.max_positions, sum(loaded.layer_bytes[a:b]))
+        self._open[spec.key] = spec
+        self._runner.post(self._runner.open, spec)
+
+    def submit(self, work: Work) -> None:
+        """Queue ``work`` behind what is queued of its sequence.  A fault in it comes back as ``Result.error``."""
+        assert work.key in self._open, f"{work.key} is not open"
+        assert self._runner is not None
+        self._runner.post(self._runner.submit, work)
+
+    def truncate(self, key: str, length: int) -> None:
+        """Positions from ``length`` on are void, computed or queued; results under way may still come."""
+        assert self._runner is not None
+        self._runner.post(self._runner.truncate, key, length)
+
+    def close(self, key: str) -> None:
+        """Free everything of ``key``, at once; closing twice does no harm."""
+        if self._open.pop(key, None) is not None:
+            assert self._runner is not None
+            self._budget.release(key)
+            self._runner.post(self._runner.close, key)
+
+    def _on_results(self, results: list[Result]) -> None:
+        """Results of sequences that were closed meanwhile are of no use to anybody."""
+        self.on_results([result for result in results if result.key in self._open])
+
+    # -- figures -------------------------------------------------------------------------------------------------------
+
+    def stats(self) -> EngineStats:
+        """How busy the engine is now."""
+        runner = self._runner
+        if runner is None:
+            return EngineStats()
+        widest = max((sum(loaded.layer_bytes) for loaded in self._loaded.values()), default=0)
+        holdings = list(runner.models.values())
+        return EngineStats(
+            running=len(self._open),
+            waiting=runner.waiting,
+            free_tokens=(self._budget.total - self._budget.used) // widest if widest else 0,
+            used_bytes=self._budget.used,
+            held_bytes=sum(holding.cache.bytes for holding in holdings),
+            weight_bytes=sum(holding.shard.weight_bytes for holding in holdings),
+            step_ms=runner.pace.step_s * 1e3,
+            tokens_per_s=runner.rate(time.perf_counter()),
+        )
+
+    def assert_idle(self) -> None:
+        """With no sequence open, nothing is reserved or held; anything left is a leak."""
+        assert not self._open, f"{len(self._open)} sequences are open"
+        assert not self._budget.used, f"{self._budget.used} bytes of keys and values are still promised"
+        if self._runner is not None:
+            held = sum(holding.cache.bytes for holding in list(self._runner.models.values()))
+            assert not held, f"{held} bytes of keys and values are still held"
+
+
+def _make_runner(
+    config: EngineConfig, deliver: Callable[[list[Result]], None], died: Callable[[BaseException], None]
+) -> Runner:
+    from node.engine.runner import Runner
+
+    return Runner(config.threads, config.step_rows, deliver, died)

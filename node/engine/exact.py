@@ -1,0 +1,134 @@
+"""Does a position give the same bits whatever it is computed with?  Tested at load, on the layers themselves.
+
+A node advertises *exact* for a span when this holds: then a stage's replay on another node of the same hardware class
+continues a stream with the tokens of an undisturbed run, bit for bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+from node.engine import kernels
+from node.engine.batch import Batch, Rows, packed_order
+from node.engine.kv_cache import KvCache
+from node.engine.shard import Shard
+
+LENGTHS = (134, 37, 9, 6)
+"""Positions of the test's sequences: past a page, past a tile's four, and a few."""
+Step = Sequence[tuple[int, int]]
+"""(sequence, rows) pairs that go together."""
+Outputs = list[list[torch.Tensor]]
+
+
+def make_exact(shard: Shard, start: int, end: int, threads: int) -> bool:
+    """Find the rule under which [start, end) is exact and set it in ``shard``; ``False``: there is none.
+
+    Rules are tried from the cheapest: rows as they come, then forwards filled up to fours.
+    """
+    before = shard.multiple
+    for multiple in (1, 4):
+        shard.multiple = multiple
+        if all(_layer_is_exact(shard, layer, threads) for layer in _one_of_each_kind(shard, start, end)):
+            return True
+    shard.multiple = before
+    return False
+
+
+def _one_of_each_kind(shard: Shard, start: int, end: int) -> list[int]:
+    """Layers with the same modules and weights' shapes run the same kernels; the last one runs the head, too."""
+    kinds: dict[object, int] = {}
+    layers = shard.model.get_submodule(shard.layout.layers)
+    for index in range(start, end):
+        names = tuple((name, type(module).__name__) for name, module in layers[index].layer.named_modules())
+        shapes = tuple((name, tuple(p.shape)) for name, p in layers[index].layer.named_parameters())
+        kinds.setdefault((names, shapes, getattr(layers[index], "attention_type", "")), index)
+    head = {end - 1} if end == shard.layout.n_layers else set()
+    return sorted({*kinds.values(), *head})
+
+
+def _layer_is_exact(shard: Shard, layer: int, threads: int) -> bool:
+    generator = torch.Generator().manual_seed(layer)
+    if layer == 0:
+        vocabulary = shard.config.get_text_config(decoder=True).vocab_size
+        given = [torch.randint(0, vocabulary, (n,), generator=generator) for n in LENGTHS]
+    else:
+        given = [torch.randn(n, shard.hidden_size, generator=generator).to(shard.dtype) for n in LENGTHS]
+    torch.set_num_threads(1)
+    alone = _play(shard, layer, given, [[(i, n)] for i, n in enumerate(LENGTHS)])
+    torch.set_num_threads(threads)
+    return all(_same(_play(shard, layer, given, steps), alone) for steps in (_mixed(), [list(enumerate(LENGTHS))]))
+
+
+def _mixed() -> list[Step]:
+    """Chunks of many sizes beside single rows, then single rows of all sequences together."""
+    chunks: list[Step] = [[(0, 61), (1, 5)], [(0, 7), (1, 23), (2, 1)], [(0, 60), (2, 2), (3, 1)]]
+    singles: list[Step] = [[(i, 1) for i in range(4)] for _ in range(5)]
+    return [*chunks, *singles, [(0, 1), (1, 1)], [(1, 1), (2, 1)], [(1, 2)]]
+
+
+def _play(shard: Shard, layer: int, given: list[torch.Tensor], steps: Sequence[Step]) -> Outputs:
+    """Run ``steps`` through one layer; per sequence its hidden states (and logits, behind the last layer)."""
+    cache = KvCache()
+    places = [cache.open(layer, layer + 1, len(rows)) for rows in given]
+    done = [0] * len(given)
+    outputs: Outputs = [[] for _ in given]
+    for step in steps:
+        rows = [Rows(places[i], done[i], n) for i, n in step]
+        order = packed_order(rows)
+        pieces = [given[step[j][0]][rows[j].start : rows[j].start + rows[j].n] for j in order]
+        batch = Batch([rows[j] for j in order], shard.device, shard.multiple)
+        wanted = torch.arange(batch.count) if _has_head(shard, layer) else None
+        hidden, logits = shard.packed(layer, layer + 1, torch.cat(pieces), batch, wanted)
+        first = 0
+        for j in order:
+            i, n = step[j]
+            found = hidden if logits is None else torch.cat([hidden, logits], -1)
+            outputs[i].append(found[first : first + n])
+            first, done[i] = first + n, done[i] + n
+    assert done == [len(rows) for rows in given], "the test's steps do not add up"
+    return outputs
+
+
+def _has_head(shard: Shard, layer: int) -> bool:
+    return shard.part.head and layer == shard.layout.n_layers - 1
+
+
+def _same(found: Outputs, expected: Outputs) -> bool:
+    return all(torch.equal(torch.cat(a), torch.cat(b)) for a, b in zip(found, expected, strict=True))
+
+
+def hardware_class(device: str, dtype: torch.dtype) -> str:
+    """Nodes of one class give the same bits: device kind, instruction set, torch build, and a hash of bits computed.
+
+    The hash covers what the other parts cannot name: caches and libraries that change how kernels block their sums.
+    """
+    kind = torch.device(device).type
+    chip = torch.cuda.get_device_name(device) if kind == "cuda" else torch.backends.cpu.get_cpu_capability()
+    return "/".join((kind, platform.machine(), str(chip), f"torch{torch.__version__}", str(dtype)[6:], _bits(dtype)))
+
+
+@torch.inference_mode()
+def _bits(dtype: torch.dtype) -> str:
+    """Eight hex digits over products, attention and elementwise functions of fixed numbers."""
+    digest = hashlib.sha256()
+
+    def fixed(*shape: int) -> torch.Tensor:
+        count = torch.Size(shape).numel()
+        return ((torch.arange(count) * 2654435761 % 2003).double() / 2003 - 0.5).to(dtype).view(shape)
+
+    for size, out in ((64, 192), (768, 2048), (2048, 768)):
+        x, weight = fixed(8, size), fixed(out, size)
+        found = [F.linear(x, weight)]
+        if kernels.can_pack(dtype, torch.device("cpu")):
+            found.append(kernels.PackedLinear(weight, None)(x))
+        found += [F.silu(found[0]), found[0].float().softmax(-1), found[0].float().pow(2).mean(-1).rsqrt()]
+        for tensor in found:
+            digest.update(tensor.float().numpy().tobytes())
+    q, k = fixed(1, 8, 4, 64), fixed(1, 2, 640, 64)
+    digest.update(F.scaled_dot_product_attention(q, k, k, enable_gqa=True).float().numpy().tobytes())
+    return digest.hexdigest()[:8]

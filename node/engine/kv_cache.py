@@ -1,0 +1,101 @@
+"""Keys and values of the packed mode: extents of equal slots, one tensor per layer.
+
+An ``Extent`` holds the sequences of one width class over one range of layers.  Its tensors are [slots, width, heads,
+head size]: a step's rows are written by one ``index_copy_`` per layer, and neighbouring slots are read as one view.
+Tensors come from ``torch.empty`` and the system gives memory when it is first written; whoever enters a new page of a
+slot clears what it does not write of it, so that masked columns are never NaN.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from node.engine.pages import Slots, width_of
+
+
+class Extent:
+    """Slots of ``width`` positions for layers [start, end)."""
+
+    def __init__(self, width: int) -> None:
+        self.width = width
+        self.slots = Slots()
+        self._room = 0
+        self._keys: dict[int, torch.Tensor] = {}
+        self._values: dict[int, torch.Tensor] = {}
+
+    def take(self) -> int:
+        """A slot for a new sequence; grows the tensors to hold it."""
+        slot = self.slots.take()
+        if slot >= self._room:
+            self._resize(max(2 * self._room, slot + 1))
+        return slot
+
+    def give(self, slot: int) -> None:
+        """Free ``slot``; the tensors shrink when three quarters of them are past the highest slot taken."""
+        self.slots.give(slot)
+        if self.slots.span * 4 <= self._room:
+            self._resize(self.slots.span)
+
+    def layer(self, index: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The tensors of layer ``index``, made in the shape of its first ``key`` and ``value`` [1, H, T, D]."""
+        keys = self._keys.get(index)
+        if keys is None:
+            keys = self._keys[index] = self._empty(key)
+            self._values[index] = self._empty(value)
+        return keys, self._values[index]
+
+    def tensors(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of layer ``index``, each [slots, width, heads, head size]."""
+        return self._keys[index], self._values[index]
+
+    @property
+    def bytes(self) -> int:
+        return sum(t.nbytes for group in (self._keys, self._values) for t in group.values())
+
+    def _empty(self, like: torch.Tensor) -> torch.Tensor:
+        return like.new_empty(self._room, self.width, like.shape[1], like.shape[3])
+
+    def _resize(self, room: int) -> None:
+        kept = min(self._room, room)
+        for tensors in (self._keys, self._values):
+            for index, old in list(tensors.items()):
+                new = old.new_empty(room, *old.shape[1:])
+                new[:kept] = old[:kept]
+                tensors[index] = new
+        self._room = room
+
+
+class Place:
+    """Where a sequence lives in the cache."""
+
+    __slots__ = ("extent", "slot")
+
+    def __init__(self, extent: Extent, slot: int) -> None:
+        self.extent, self.slot = extent, slot
+
+
+class KvCache:
+    """All extents of one model at this engine, by layer range and width class."""
+
+    def __init__(self) -> None:
+        self._extents: dict[tuple[int, int, int], Extent] = {}
+
+    def open(self, start: int, end: int, positions: int) -> Place:
+        """A place for up to ``positions`` keys in layers [start, end)."""
+        where = (start, end, width_of(positions))
+        extent = self._extents.setdefault(where, Extent(where[2]))
+        return Place(extent, extent.take())
+
+    def close(self, place: Place) -> None:
+        """Free a place; an extent without any is dropped."""
+        place.extent.give(place.slot)
+        if not place.extent.slots.taken:
+            self._extents = {where: extent for where, extent in self._extents.items() if extent is not place.extent}
+
+    @property
+    def bytes(self) -> int:
+        return sum(extent.bytes for extent in self._extents.values())
+
+    @property
+    def sequences(self) -> int:
+        return sum(len(extent.slots.taken) for extent in self._extents.values())

@@ -1,0 +1,61 @@
+"""Makes a part of a model ready to serve: load, pack, check, test for exactness.  Runs beside the device thread."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+
+from mesh.errors import ConfigError
+from node.engine import attention, exact, kernels
+from node.engine.selfcheck import Mode, check
+from node.engine.shard import Shard
+from node.engine.span import Part, load_part, read_config
+
+
+class Prepared(msgspec.Struct, frozen=True):
+    """A part that has passed its checks."""
+
+    shard: Shard
+    mode: Mode
+    layer_bytes: dict[int, int]
+    """Layer -> bytes of one position's keys and values."""
+    exact: bool
+
+
+def prepare(folder: Path, part: Part, dtype: str, exactness: str, threads: int) -> Prepared:
+    """Load ``part`` from ``folder``.  Raises ``ConfigError`` naming the model's kind and why it cannot serve."""
+    torch.set_num_threads(threads)
+    attention.register()
+    kernels.register()
+    config = read_config(folder)
+    served = getattr(torch, dtype)
+    size = config.get_text_config(decoder=True).hidden_size
+    packing = kernels.can_pack(served, torch.device("cpu")) and size >= kernels.LEAST_HIDDEN
+    shard = Shard(load_part(folder, config, part, served), part, packing)
+    runs = _runs(part.layers)
+    checks = [check(shard, start, end) for start, end in runs]
+    mode: Mode = "packed" if all(c.mode == "packed" for c in checks) else "compat"
+    layer_bytes = {i: b for (start, end), c in zip(runs, checks, strict=True) for i, b in _numbered(start, end, c)}
+    shard.use(attention.NAME if mode == "packed" else "eager")
+    same = mode == "packed" and exactness != "off" and all(exact.make_exact(shard, a, b, threads) for a, b in runs)
+    if exactness == "on" and not same:
+        raise ConfigError(f"{config.model_type}: not exact on this machine, and --exact on asks for it")
+    return Prepared(shard, mode, layer_bytes, same)
+
+
+def _numbered(start: int, end: int, served: Any) -> list[tuple[int, int]]:
+    return list(zip(range(start, end), served.layer_bytes, strict=True))
+
+
+def _runs(layers: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Neighbouring layers as ranges."""
+    runs: list[tuple[int, int]] = []
+    for layer in layers:
+        if runs and runs[-1][1] == layer:
+            runs[-1] = (runs[-1][0], layer + 1)
+        else:
+            runs.append((layer, layer + 1))
+    return runs

@@ -1,0 +1,90 @@
+"""Room for keys and values: how much is promised, and which slot of which extent holds a sequence.  No torch here.
+
+A sequence takes one slot, wide enough for every position that it may come to hold, in the extent of its width class:
+its keys and values never move while it runs, and sequences in neighbouring slots are read in one batched product.
+Memory that was reserved and not written yet is not resident, so a generous ``max_positions`` costs promises, not RAM.
+"""
+
+from __future__ import annotations
+
+import heapq
+
+from mesh.errors import CapacityError
+
+PAGE = 128
+"""Positions; key lengths are rounded up to it, since bits depend on how a kernel blocks its keys."""
+
+
+def width_of(positions: int) -> int:
+    """The width class that holds ``positions``: whole pages, growing by at most a half (1, 2, 3, 4, 6, 8, 12 ...)."""
+    pages = max(1, -(-positions // PAGE))
+    power = 1 << (pages.bit_length() - 1)
+    if pages == power:
+        return power * PAGE
+    return (power * 3 // 2 if power > 1 and pages <= power * 3 // 2 else power * 2) * PAGE
+
+
+def padded(positions: int) -> int:
+    """The key length under which ``positions`` keys are read."""
+    return -(-positions // PAGE) * PAGE
+
+
+class KvBudget:
+    """Promises of room in bytes, kept by the event loop: what ``open`` granted is there until ``close``."""
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self.used = 0
+        self._held: dict[str, int] = {}
+
+    def reserve(self, key: str, positions: int, bytes_per_position: int) -> None:
+        """Raises ``CapacityError``, with when to ask again, if it does not fit."""
+        assert key not in self._held, f"{key} is open already"
+        need = width_of(positions) * bytes_per_position
+        if self.used + need > self.total:
+            # Room comes back when a sequence ends; the fuller with small ones, the sooner.
+            wait = min(5.0, 0.25 + 4.0 * need / max(1, self.total))
+            raise CapacityError(f"{positions} positions need {need} bytes of {self.total - self.used} free", wait)
+        self.used += need
+        self._held[key] = need
+
+    def release(self, key: str) -> None:
+        self.used -= self._held.pop(key, 0)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._held
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+
+class Slots:
+    """Which slots of one extent are taken.  The lowest is given first, so that the taken ones lie side by side."""
+
+    def __init__(self) -> None:
+        self.taken: set[int] = set()
+        self._free: list[int] = []
+        self._fresh = 0
+
+    def take(self) -> int:
+        if self._free:
+            slot = heapq.heappop(self._free)
+        else:
+            slot, self._fresh = self._fresh, self._fresh + 1
+        self.taken.add(slot)
+        return slot
+
+    def give(self, slot: int) -> None:
+        self.taken.remove(slot)
+        heapq.heappush(self._free, slot)
+
+    @property
+    def span(self) -> int:
+        """One more than the highest slot taken."""
+        return max(self.taken, default=-1) + 1
+
+
+def runs_of(slots: list[int], gap: int = 2) -> list[tuple[int, int]]:
+    """Cut sorted ``slots`` into index ranges whose neighbours lie at most ``gap`` apart: each is read as one view."""
+    cuts = [0, *(i for i in range(1, len(slots)) if slots[i] - slots[i - 1] > gap), len(slots)]
+    return list(zip(cuts[:-1], cuts[1:], strict=True))

@@ -1,0 +1,199 @@
+"""The device thread: takes what the event loop posted, plans a step, computes it, hands the results over.
+
+One thread owns the device, the models and every sequence's state; nothing here is locked.  The event loop posts calls
+and never waits; results go back with ``call_soon_threadsafe``.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from queue import SimpleQueue
+from typing import Any
+
+import torch
+
+from mesh.types import ModelId
+from node.engine.holding import Holding, failure, pieces_of
+from node.engine.scheduler import Group, Pace, StepPlan, plan_step
+from node.engine.sequence import Result, Sequence, SequenceSpec, Work
+from node.engine.shard import Shard
+from node.engine.span import Part
+
+RATE_WINDOW_S = 5.0
+Deliver = Callable[[list[Result]], None]
+
+
+class Runner:
+    """Everything below ``post`` runs on the thread."""
+
+    def __init__(self, threads: int, step_rows: int, deliver: Deliver, died: Callable[[BaseException], None]) -> None:
+        self._threads, self._step_rows = threads, step_rows
+        self._deliver, self._died = deliver, died
+        self._inbox: SimpleQueue[tuple[Callable[..., None], tuple[Any, ...]]] = SimpleQueue()
+        self._stopping = False
+        self._models: dict[ModelId, Holding] = {}
+        self._sequences: dict[str, Sequence] = {}
+        self._arrivals = self._step = 0
+        self._recent: deque[tuple[float, int]] = deque()
+        self.pace = Pace(step_rows)
+        self.waiting = 0
+        """Sequences with rows queued, after the last step."""
+        self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def post(self, call: Callable[..., None], *args: Any) -> None:
+        """From any thread: run ``call(*args)`` on this one before the next step.
+
+        The queue is bounded by what ``open`` admitted and by the credit that frames come under.
+        """
+        self._inbox.put((call, args))
+
+    def stop(self) -> None:
+        """From any thread: end after the current step."""
+        self.post(self._stop)
+
+    def join(self) -> None:
+        self._thread.join()
+
+    def rate(self, now: float) -> float:
+        """Rows a second over the last seconds."""
+        rows = sum(n for at, n in list(self._recent) if now - at <= RATE_WINDOW_S)
+        return rows / RATE_WINDOW_S
+
+    @property
+    def models(self) -> dict[ModelId, Holding]:
+        return self._models
+
+    # -- the loop ------------------------------------------------------------------------------------------------------
+
+    def _main(self) -> None:
+        try:
+            torch.set_num_threads(self._threads)
+            while not self._stopping:
+                self._take_in()
+                plan = plan_step(self._sequences.values(), self._step_rows, self._chunk_rows())
+                if plan.groups:
+                    self._compute(plan)
+        except BaseException as error:
+            self._died(error)
+            raise
+
+    def _take_in(self) -> None:
+        """Run what was posted; with nothing to compute, wait for it."""
+        idle = not any(s.queue for s in self._sequences.values())
+        while idle or not self._inbox.empty():
+            call, args = self._inbox.get()
+            call(*args)
+            if self._stopping:
+                return
+            idle = idle and self._inbox.empty() and not any(s.queue for s in self._sequences.values())
+
+    def _stop(self) -> None:
+        self._stopping = True
+
+    def _chunk_rows(self) -> int:
+        return self.pace.chunk_rows(any(s.decoding for s in self._sequences.values()))
+
+    def _compute(self, plan: StepPlan) -> None:
+        began = time.perf_counter()
+        self._step += 1
+        results = [result for group in plan.groups for result in self._compute_group(group)]
+        self._deliver(results)
+        took = time.perf_counter() - began
+        singles = sum(piece.n == 1 for group in plan.groups for piece in group.slices)
+        self.pace.observe(singles, plan.rows - singles, took)
+        self._note_rate(began + took, plan.rows)
+        self.waiting = sum(bool(s.queue) for s in self._sequences.values())
+
+    def _compute_group(self, group: Group) -> list[Result]:
+        pieces = pieces_of(group.slices, self._sequences)
+        try:
+            results = self._models[group.model].compute(group.start, group.end, pieces)
+        except AssertionError:
+            raise
+        except Exception as error:
+            # A kernel's refusal (memory, a strange shape) ends the sequences that were in it, not the node.
+            results = [failure(piece, f"the forward failed: {type(error).__name__}: {error}") for piece in pieces]
+        for piece in pieces:
+            if piece.sequence.failed:
+                piece.sequence.queue.clear()
+            else:
+                piece.sequence.advance(piece.n, self._step)
+        return results
+
+    def _note_rate(self, now: float, rows: int) -> None:
+        self._recent.append((now, rows))
+        while now - self._recent[0][0] > RATE_WINDOW_S:
+            self._recent.popleft()
+
+    # -- what is posted ------------------------------------------------------------------------------------------------
+
+    def open(self, spec: SequenceSpec) -> None:
+        holding = self._models[spec.model]
+        self._arrivals += 1
+        shard = holding.shard
+        row_bytes = shard.hidden_size * shard.dtype.itemsize
+        vocabulary = shard.config.get_text_config(decoder=True).vocab_size
+        sequence = Sequence(spec, self._arrivals, row_bytes, vocabulary)
+        holding.open(sequence)
+        self._sequences[spec.key] = sequence
+
+    def submit(self, work: Work) -> None:
+        sequence = self._sequences.get(work.key)
+        if sequence is None:  # it failed and was closed meanwhile
+            return
+        why = sequence.refusal(work)
+        if why:
+            sequence.failed = why
+            sequence.queue.clear()
+            self._deliver([Result(work.key, work.tag, work.start, work.n, error=why)])
+        else:
+            sequence.push(work)
+
+    def truncate(self, key: str, length: int) -> None:
+        sequence = self._sequences.get(key)
+        if sequence is not None:
+            self._models[sequence.spec.model].cut(sequence, length)
+
+    def close(self, key: str) -> None:
+        sequence = self._sequences.pop(key, None)
+        if sequence is not None:
+            holding = self._models[sequence.spec.model]
+            holding.close(sequence)
+            self._settle(sequence.spec.model, holding)
+
+    def install(self, model: ModelId, shard: Shard, mode: Any, wanted: Part, done: Callable[[], None]) -> None:
+        """Take over a freshly loaded shard, next to the layers that are here already."""
+        holding = self._models.get(model)
+        if holding is None:
+            self._models[model] = holding = Holding(shard, mode)
+            shard.use(_attention_of(mode))
+        elif shard is not holding.shard:
+            holding.shard.adopt(shard)
+        holding.wanted = wanted
+        self._settle(model, holding)
+        done()
+
+    def unload(self, model: ModelId, done: Callable[[], None]) -> None:
+        """Give up a model as soon as the last sequence on it is closed."""
+        if model in self._models:
+            self._models[model].wanted = Part(())
+            self._settle(model, self._models[model])
+        done()
+
+    def _settle(self, model: ModelId, holding: Holding) -> None:
+        in_use = [s for s in self._sequences.values() if s.spec.model == model]
+        holding.keep(in_use)
+        if not holding.shard.part:
+            del self._models[model]
+
+
+def _attention_of(mode: str) -> str:
+    from node.engine.attention import NAME
+
+    return NAME if mode == "packed" else "eager"

@@ -1,0 +1,139 @@
+"""Before a span serves: does our way of running this model give what the model itself gives?
+
+The packed mode (two chunks, then single rows) and, failing that, the compat mode are held against one plain forward of
+the same layers.  A model that fits neither is refused by name: nothing is ever served on trust.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+import torch
+
+from mesh.errors import ConfigError
+from node.engine import attention
+from node.engine.batch import Batch, Rows
+from node.engine.compat import CompatState
+from node.engine.kv_cache import KvCache
+from node.engine.shard import Shard
+
+Mode = Literal["packed", "compat"]
+CHUNKS = (13, 9, 1, 1)
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 6e-2}
+"""Largest difference, as a share of the largest value of the plain forward."""
+PACKABLE = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
+Outcome = tuple[torch.Tensor, torch.Tensor | None]
+
+
+class Served(msgspec.Struct, frozen=True):
+    """How layers [start, end) are served."""
+
+    mode: Mode
+    layer_bytes: tuple[int, ...]
+    """Keys and values of one position, of each layer."""
+
+
+def check(shard: Shard, start: int, end: int) -> Served:
+    """Learn how to serve [start, end), which ``shard`` holds.  Raises ``ConfigError`` naming kind and reason."""
+    kind = shard.config.model_type
+    try:
+        shard.use("eager")
+        shard.learn_form(start)
+        given, expected = _inputs(shard, start), None
+        expected = _plain(shard, start, end, given)
+    except Exception as error:
+        # Whatever a model does on a plain forward of a part of it, it is the model that cannot be cut.
+        raise ConfigError(f"{kind}: does not run in parts: {_line(error)}") from error
+    why_not = _why_not_packed(shard)
+    if not why_not:
+        shard.use(attention.NAME)
+        outcome = _try_packed(shard, start, end, given, expected)
+        if not isinstance(outcome, str):
+            return Served("packed", outcome)
+        why_not = outcome
+    shard.use("eager")
+    outcome = _try_compat(shard, start, end, given, expected)
+    if isinstance(outcome, str):
+        raise ConfigError(f"{kind}: cannot be served in parts (packed: {why_not}; one by one: {outcome})")
+    return Served("compat", outcome)
+
+
+def _inputs(shard: Shard, start: int) -> torch.Tensor:
+    """Random ids [T] for layer 0, random hidden states [T, H] for others."""
+    generator = torch.Generator().manual_seed(start)
+    total = sum(CHUNKS)
+    if start == 0:
+        return torch.randint(0, shard.config.get_text_config(decoder=True).vocab_size, (total,), generator=generator)
+    return torch.randn(total, shard.hidden_size, generator=generator).to(shard.dtype)
+
+
+def _plain(shard: Shard, start: int, end: int, given: torch.Tensor) -> Outcome:
+    total = given.shape[0]
+    options = {
+        "position_ids": torch.arange(total)[None],
+        "attention_mask": torch.ones(1, total, dtype=torch.long),
+        "use_cache": False,
+    }
+    rows = torch.arange(total) if end == shard.layout.n_layers else None
+    with torch.inference_mode():
+        hidden, logits = shard.run(start, end, given[None], options, rows)
+    if hidden.shape != (1, total, shard.hidden_size):
+        raise ConfigError(f"its layers pass on {tuple(hidden.shape)}")
+    return hidden[0], logits
+
+
+def _why_not_packed(shard: Shard) -> str:
+    text = shard.config.get_text_config(decoder=True)
+    strange = sorted(set(getattr(text, "layer_types", None) or ()) - PACKABLE)
+    if strange:
+        return f"layers of {strange[0]}"
+    return "" if shard.model._supports_attention_backend else "attention of its own"
+
+
+def _try_packed(shard: Shard, start: int, end: int, given: torch.Tensor, expected: Outcome) -> tuple[int, ...] | str:
+    cache = KvCache()
+    place = cache.open(start, end, sum(CHUNKS))
+    outcomes, first = [], 0
+    try:
+        for n in CHUNKS:
+            batch = Batch([Rows(place, first, n)], shard.device, shard.multiple)
+            rows = torch.arange(n) if expected[1] is not None else None
+            outcomes.append(shard.packed(start, end, given[first : first + n], batch, rows))
+            first += n
+    except Exception as error:
+        return _line(error)
+    if set(batch.seen) != set(range(start, end)):
+        return "not every layer keeps keys and values"
+    difference = _difference(outcomes, expected, shard.dtype)
+    item = shard.dtype.itemsize
+    return difference or tuple(sum(s[1] * s[3] for s in batch.seen[i]) * item for i in range(start, end))
+
+
+def _try_compat(shard: Shard, start: int, end: int, given: torch.Tensor, expected: Outcome) -> tuple[int, ...] | str:
+    state = CompatState(shard, start, end)
+    outcomes = []
+    try:
+        for n in CHUNKS:
+            rows = torch.arange(n) if expected[1] is not None else None
+            outcomes.append(state.forward(given[state.length : state.length + n], rows))
+    except Exception as error:
+        return _line(error)
+    per_layer = state.bytes // state.length // (end - start)
+    return _difference(outcomes, expected, shard.dtype) or (per_layer,) * (end - start)
+
+
+def _difference(outcomes: list[Outcome], expected: Outcome, dtype: torch.dtype) -> str:
+    for i, what in enumerate(("hidden states", "logits")):
+        if expected[i] is None:
+            continue
+        found = torch.cat([outcome[i] for outcome in outcomes]).float()
+        share = (found - expected[i].float()).abs().max() / expected[i].float().abs().max().clamp_min(1e-9)
+        if not share <= TOLERANCE[dtype]:
+            return f"{what} differ by {share:.1e}"
+    return ""
+
+
+def _line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:120]}" if text else type(error).__name__

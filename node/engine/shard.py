@@ -1,0 +1,205 @@
+"""A span of one model in memory, and its forward over any range of layers within it.
+
+The model's own forward runs.  Every layer sits in a ``Slot``: slots outside the range that a forward is for let hidden
+states pass, the first one of the range takes in what was received, the last one keeps what goes out.  So one loaded
+span serves sessions over different parts of it, and layers can come and go between steps.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+
+from node.engine import attention, kernels
+from node.engine.batch import Batch
+from node.engine.span import Absent, Layout, Part, Skipped, copy_scalars, replace_module
+
+
+class _Flow:
+    """What the slots of one model share during a forward."""
+
+    def __init__(self) -> None:
+        self.start = self.end = 0
+        self.given: torch.Tensor | None = None
+        self.out: torch.Tensor | None = None
+        self.tuples = False
+        """Layers return tuples; learned at load."""
+
+
+class Slot(nn.Module):
+    """The place of layer ``index``."""
+
+    def __init__(self, index: int, layer: nn.Module, flow: _Flow) -> None:
+        super().__init__()
+        copy_scalars(layer, self)
+        self.index, self.layer = index, layer
+        self.flow = flow
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        flow = self.flow
+        if not flow.start <= self.index < flow.end:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            return (hidden, None) if flow.tuples else hidden
+        if self.index == flow.start and flow.given is not None:
+            if args:
+                args = (flow.given, *args[1:])
+            else:
+                kwargs["hidden_states"] = flow.given
+        out = self.layer(*args, **kwargs)
+        if isinstance(out, tuple) != flow.tuples:
+            raise LayersReturnTuples(isinstance(out, tuple))
+        if self.index == flow.end - 1:
+            flow.out = out[0] if flow.tuples else out
+        return out
+
+
+class LayersReturnTuples(Exception):
+    """The layers' form of return is not the one assumed; raised at most once, in the first forward."""
+
+
+class Shard:
+    """The loaded part of one model.  Not for two threads at once."""
+
+    def __init__(self, model: Any, part: Part, packing: bool) -> None:
+        """Take over ``model`` as ``load_part`` gave it; ``packing``: replace its products by packed ones."""
+        self.model, self.part, self.packing = model, part, packing
+        self.layout: Layout = model._layout
+        self.config = model.config
+        self.device = torch.device("cpu")
+        self.dtype: torch.dtype = model.dtype
+        self.hidden_size: int = self.config.get_text_config(decoder=True).hidden_size
+        self.multiple = 1
+        """Rows of a forward are filled up to a multiple of this: the exact mode's rule for this model."""
+        self._flow = _Flow()
+        self._owner = model.get_submodule(self.layout.owner) if self.layout.owner else model
+        self._takes = {
+            target: set(inspect.signature(target.forward).parameters) for target in (self.model, self._owner)
+        }
+        self._embed_size: int = int(getattr(model.get_input_embeddings(), "embedding_dim", self.hidden_size))
+        layers = self._layers
+        for index in range(len(layers)):
+            layers[index] = Slot(index, layers[index], self._flow)
+        if packing:
+            self._pack(part)
+
+    @property
+    def _layers(self) -> nn.ModuleList:
+        return self.model.get_submodule(self.layout.layers)
+
+    @property
+    def weight_bytes(self) -> int:
+        return kernels.weight_bytes(self.model)
+
+    def _pack(self, part: Part) -> None:
+        for index in part.layers:
+            kernels.pack_module(self._layers[index])
+        head = self.model.get_submodule(self.layout.head)
+        if part.head and (packed := kernels.pack_linear(head)) is not None:
+            replace_module(self.model, self.layout.head, packed)
+            if not self.part.embed:  # a tied embedding was loaded for the head's sake only
+                replace_module(self.model, self.layout.embed, Absent())
+
+    # -- coming and going ----------------------------------------------------------------------------------------------
+
+    def adopt(self, other: Shard) -> None:
+        """Take over what ``other``, a shard of the same model, holds.  ``other`` is of no use afterwards."""
+        for index in other.part.layers:
+            self._layers[index].layer = other._layers[index].layer
+        for held, name in ((other.part.embed, self.layout.embed), (other.part.head, self.layout.head)):
+            if held:
+                replace_module(self.model, name, other.model.get_submodule(name))
+        layers = tuple(sorted({*self.part.layers, *other.part.layers}))
+        self.part = Part(layers, self.part.embed or other.part.embed, self.part.head or other.part.head)
+        self.multiple = max(self.multiple, other.multiple)
+
+    def keep(self, part: Part) -> None:
+        """Give up what is not in ``part``."""
+        gone = self.part.minus(part)
+        for index in gone.layers:
+            slot = self._layers[index]
+            slot.layer = Skipped(slot.layer)
+        if gone.embed:
+            replace_module(self.model, self.layout.embed, Absent())
+        if gone.head:
+            replace_module(self.model, self.layout.head, Absent())
+        self.part = self.part.minus(gone)
+
+    # -- forward -------------------------------------------------------------------------------------------------------
+
+    def use(self, attention_name: str) -> None:
+        """Which attention the layers call: the packed one or one of transformers' own."""
+        self.config._attn_implementation = attention_name
+        self.config._experts_implementation = kernels.EXPERTS
+
+    @torch.inference_mode()
+    def packed(
+        self, start: int, end: int, given: torch.Tensor, batch: Batch, rows: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Layers [start, end) over the rows of ``batch``.
+
+        ``given``: token ids [T] for start 0, else hidden states [T, H].  ``rows``: of which rows logits are wanted (end
+        is the last layer).  Returns hidden states [T, H] and logits [len(rows), V].
+        """
+        extra = batch.padded_count - batch.count
+        if extra:
+            given = torch.cat([given, given[-1:].expand(extra, *given.shape[1:])])
+        wanted = 0 if rows is None else len(rows)
+        if rows is not None and wanted % self.multiple:
+            rows = torch.cat([rows, rows[-1:].expand(-wanted % self.multiple)])
+        options = {
+            "position_ids": batch.positions[None],
+            "attention_mask": torch.ones(1, batch.padded_count, dtype=torch.bool, device=self.device),
+            "use_cache": False,
+        }
+        with attention.running(batch):
+            hidden, logits = self.run(start, end, given[None], options, rows)
+        return hidden[0, : batch.count], None if logits is None else logits[:wanted]
+
+    def run(
+        self, start: int, end: int, given: torch.Tensor, options: dict[str, Any], rows: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The model's own forward.  ``given`` [1, T] ids or [1, T, H] -> hidden [1, T, H], logits of ``rows``."""
+        flow = self._flow
+        flow.start, flow.end, flow.out = start, end, None
+        target = self.model if rows is not None else self._owner
+        takes = self._takes[target]
+        options = {name: value for name, value in options.items() if name in takes or "kwargs" in takes}
+        if rows is not None and "logits_to_keep" in takes:
+            options["logits_to_keep"] = rows
+        if start == 0:
+            flow.given = None
+            options["input_ids"] = given
+        else:
+            flow.given = given
+            fits = given.shape[-1] == self._embed_size
+            options["inputs_embeds"] = given if fits else given.new_zeros(*given.shape[:2], self._embed_size)
+        try:
+            answer = target(**options)
+        finally:
+            flow.given = None
+        out, flow.out = flow.out, None
+        assert out is not None, "no layer ran"
+        if rows is None:
+            return out, None
+        logits = answer.logits[0]
+        return out, logits if "logits_to_keep" in takes else logits[rows]
+
+    def learn_form(self, start: int) -> None:
+        """One forward of two rows through layer ``start``, to learn whether layers return tuples."""
+        given = (
+            torch.zeros(1, 2, dtype=torch.long) if start == 0 else torch.zeros(1, 2, self.hidden_size, dtype=self.dtype)
+        )
+        options = {"position_ids": torch.arange(2)[None], "attention_mask": torch.ones(1, 2), "use_cache": False}
+        for tuples in (False, True):
+            self._flow.tuples = tuples
+            try:
+                with torch.inference_mode():
+                    self.run(start, start + 1, given, options, None)
+                return
+            except Exception as error:
+                # A model whose layers return tuples may fail in many ways before the first layer is even reached.
+                if tuples:
+                    raise error

@@ -1,0 +1,100 @@
+"""Tiny models with random weights, of many architectures: written like any checkpoint, for tests.
+
+``write_tiny("llama", folder)`` writes the same bytes on every machine of one torch build (seed 0).
+"""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+VOCABULARY = 256
+_COMMON: dict[str, Any] = {
+    **{"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 96, "head_dim": 16},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512},
+    **{"n_embd": 64, "n_head": 4, "n_positions": 512, "d_model": 64, "n_heads": 4, "max_seq_len": 512},
+    **{"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    **{"sliding_window": 24, "use_sliding_window": True, "query_pre_attn_scalar": 16},
+    **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+}
+_LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers")
+_OWN: dict[str, dict[str, Any]] = {
+    "qwen3": {"max_window_layers": 2},
+    "falcon": {"alibi": False, "new_decoder_architecture": True, "num_kv_heads": 2},
+    "bloom": {"num_attention_heads": None, "num_hidden_layers": None},
+    "gpt2": {"num_attention_heads": None},
+}
+
+
+def tiny_config(model_type: str, layers: int = 4, **over: Any) -> Any:
+    """The configuration of a tiny model of ``model_type``; ``over`` wins over everything."""
+    from transformers import CONFIG_MAPPING
+
+    kind = CONFIG_MAPPING[model_type]
+    wanted = {**_COMMON, **dict.fromkeys(_LAYER_COUNTS, layers)}
+    known = _fields(kind)
+    values = {name: value for name, value in wanted.items() if name in known}
+    values |= _OWN.get(model_type, {}) | over
+    return kind(**{name: value for name, value in values.items() if value is not None})
+
+
+def _fields(kind: type) -> set[str]:
+    names: set[str] = set()
+    for base in kind.__mro__:
+        names |= set(getattr(base, "__annotations__", {}))
+        if "__init__" in vars(base):
+            names |= set(inspect.signature(base.__init__).parameters)
+    return names
+
+
+def write_tiny(
+    model_type: str,
+    folder: Path,
+    layers: int = 4,
+    *,
+    tokenizer: bool = False,
+    dtype: str = "float32",
+    shard_size: str = "200KB",
+    **over: Any,
+) -> Path:
+    """Write a tiny ``model_type`` into ``folder`` (made if missing) and return it.
+
+    Weights are large enough that logits differ clearly: a wrong mask or position changes tokens.
+    """
+    import torch
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    config = tiny_config(model_type, layers, **over)
+    torch.manual_seed(0)
+    model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            noise = torch.randn(weight.shape, generator=generator)
+            if weight.ndim < 2:
+                weight.add_(noise * 0.1)
+            else:
+                weight.copy_(noise * (0.5 if "embed" in name or "wte" in name else 0.12))
+    model.tie_weights()
+    model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=shard_size)
+    if tokenizer:
+        write_tokenizer(folder)
+    return folder
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A byte-level tokenizer of ``VOCABULARY`` ids with a chat template: ids 0-2 are special, bytes follow."""
+    from tokenizers import Tokenizer, decoders, pre_tokenizers
+    from tokenizers.models import BPE
+    from transformers import PreTrainedTokenizerFast
+
+    specials = ["<pad>", "<s>", "</s>"]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())[: VOCABULARY - len(specials)]
+    vocabulary = {token: i for i, token in enumerate([*specials, *letters])}
+    model = Tokenizer(BPE(vocab=vocabulary, merges=[], unk_token="<pad>"))
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=model, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    fast.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+    fast.save_pretrained(folder)
