@@ -106,7 +106,7 @@ class Profiles:
     def set_own(self, profile: NodeProfile, least_version: int, now: float) -> bool:
         """Note the own profile; True: a new version of the row was made and must be announced."""
         self._wanted = profile
-        self._plan_load()
+        self._plan_load(now)
         held = self._decoded.get(self.me)
         said = msgspec.structs.replace(profile, load=Load())
         if held is not None:
@@ -130,12 +130,12 @@ class Profiles:
         if held is not None:
             self._publish_row(held, version + 1, now)
 
-    def _plan_load(self) -> None:
+    def _plan_load(self, now: float) -> None:
         """The own load is told when it changed enough, and not too often."""
         assert self._wanted is not None
         held = self._loads.get(self.me)
         changed = load_changed(held.load if held else Load(), self._wanted.load, self.config.load_change)
-        self.load_due = self._load_published_at + self.config.load_period_s if changed else math.inf
+        self.load_due = max(now, self._load_published_at + self.config.load_period_s) if changed else math.inf
 
     def publish_load(self, least_version: int, now: float) -> LoadRow:
         """The next version of the own load."""
