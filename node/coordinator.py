@@ -1,0 +1,136 @@
+"""The Master role: watches the view and re-plans which node holds which layers, when that is worth a commit.
+
+Runs on every node and acts on the one that leads.  From the view and the record it computes the next act; it does not
+remember what it was doing, so that a new coordinator goes on where the old one was.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+
+import msgspec
+
+from mesh.errors import MeshError
+from mesh.placement import Placement, place
+from mesh.types import NodeId
+from mesh.view import MeshView
+from node.identity import SealKey
+from node.record import RecordKeeper, models_of
+from node.telemetry import get_logger
+
+MAX_SEALED = 7
+"""Up to this many members all hold the CA's key, sealed; in a larger mesh the voters do."""
+
+
+class Pace(msgspec.Struct, frozen=True):
+    """When to re-plan (gossip.md, "Deciding on failures"); seconds."""
+
+    stable_s: float = 1.0
+    """No member came or went for so long: a stable cut."""
+    between_s: float = 5.0
+    new_term_s: float = 3.0
+    mass_s: float = 15.0
+    """The stable time asked for when more than 30 % vanished at once: probably this node is the one cut off."""
+
+
+LOCAL = Pace(stable_s=0.6, between_s=2.0, new_term_s=1.0, mass_s=5.0)
+
+
+class Coordinator:
+    """Plans while this node leads."""
+
+    def __init__(
+        self,
+        keeper: RecordKeeper,
+        view: Callable[[], MeshView],
+        seal_key_of: Callable[[NodeId], SealKey | None],
+        pace: Pace,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._keeper, self._view, self._seal_key_of, self._pace = keeper, view, seal_key_of, pace
+        self._clock = clock
+        self._log = get_logger("coordinator")
+        self._changed_at = self._planned_at = self._led_since = clock()
+        self._shape: tuple[object, ...] = ()
+        self._present = 0
+        self._vanished = 0.0
+        self._unconfirmed = False
+
+    def note_leading(self) -> None:
+        """This node has just won a term."""
+        self._led_since = self._clock()
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        while True:
+            await asyncio.sleep(0.1)
+            self._watch()
+            if self._keeper.leads and self._due():
+                await self._act()
+
+    def _watch(self) -> None:
+        """Notice when the cut changed: who is here, what they can hold, which models there are."""
+        view = self._view()
+        shape = tuple(
+            (m.id, m.state in ("alive", "suspect"), m.profile.weight_bytes, m.profile.role, m.profile.draining)
+            for m in view.members
+        )
+        if shape == self._shape:
+            return
+        present = sum(member.present for member in view.members)
+        self._vanished = max(0.0, 1.0 - present / self._present) if self._present else 0.0
+        self._shape, self._present, self._changed_at = shape, present, self._clock()
+
+    def _due(self) -> bool:
+        now, pace = self._clock(), self._pace
+        stable_s = pace.mass_s if self._vanished > 0.3 and self._present > 1 else pace.stable_s
+        return (
+            now - self._changed_at >= stable_s
+            and now - self._planned_at >= pace.between_s
+            and now - self._led_since >= pace.new_term_s
+        )
+
+    async def _act(self) -> None:
+        """One commit at most: the CA's key for new members, else a better placement."""
+        self._planned_at = self._clock()
+        try:
+            await self._share_authority()
+            await self._place()
+        except MeshError as error:
+            self._log.info("not committed", why=str(error))
+
+    async def _place(self) -> None:
+        view, content = self._view(), self._keeper.content
+        models = models_of(content)
+        previous = decode_placement(content.placement)
+        wanted = place(models, view.capacities(), previous)
+        if wanted == previous or any(member.state == "suspect" for member in view.members):
+            return
+        raw = msgspec.msgpack.encode(wanted)
+        await self._keeper.change(lambda now: msgspec.structs.replace(now, placement=raw))
+        for entry in wanted.models:
+            spans = {a.node[:8]: f"{a.span.start}-{a.span.end}" for a in entry.spans}
+            self._log.info("placed", model=entry.model.id, spans=spans, missing=entry.missing)
+
+    async def _share_authority(self) -> None:
+        """Seal the CA's key to every voter (and, in a small mesh, every member), so that any of them can admit."""
+        authority, content, view = self._keeper.authority(), self._keeper.content, self._view()
+        if authority is None:
+            return
+        present = [member.id for member in view.members if member.present]
+        holders = set(self._keeper.voters) | set(present if len(present) <= MAX_SEALED else ())
+        sealed = {node: raw for node, raw in content.sealed_ca if node in holders or node in present}
+        for node in sorted(holders - set(sealed)):
+            key = self._seal_key_of(node)
+            if key is not None:
+                sealed[node] = authority.sealed_to(node, key)
+        entries = tuple(sorted(sealed.items()))
+        if entries != tuple(sorted(content.sealed_ca)):
+            await self._keeper.change(lambda now: msgspec.structs.replace(now, sealed_ca=entries))
+
+
+def decode_placement(raw: bytes) -> Placement:
+    """The placement in a record; an empty one where there is none yet."""
+    return msgspec.msgpack.decode(raw, type=Placement) if raw else Placement()

@@ -1,0 +1,131 @@
+"""Brings this node to what the placement says.  The next act follows from wish and state: a restart needs no memory.
+
+Weights come first (from disk or from peers), then the engine loads them; a span that is no longer wanted stays until
+its sessions have ended and others can serve it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+from mesh.errors import ConfigError, MeshError
+from mesh.types import LayerSpan, ModelId
+from mesh.view import MeshView
+from node.telemetry import get_logger
+from node.weights.keeper import Weights
+
+RETRY_S = 2.0
+LOOK_S = 0.25
+
+
+class Loader:
+    """Which spans are loaded, loading or refused.  ``changed`` is called whenever that is another now."""
+
+    def __init__(
+        self,
+        engine: Any,
+        weights: Weights,
+        *,
+        view: Callable[[], MeshView],
+        in_use: Callable[[LayerSpan], bool],
+        changed: Callable[[], None],
+    ) -> None:
+        self._engine, self._weights = engine, weights
+        self._view, self._in_use, self._changed = view, in_use, changed
+        self._log = get_logger("loader")
+        self._wake = asyncio.Event()
+        self._retry_at: dict[LayerSpan, float] = {}
+        self.loaded: dict[ModelId, LayerSpan] = {}
+        self.loading: LayerSpan | None = None
+        self.progress = (0, 0)
+        self.refused: dict[LayerSpan, str] = {}
+
+    @property
+    def spans(self) -> tuple[LayerSpan, ...]:
+        """What may be opened here."""
+        return tuple(self.loaded.values())
+
+    def wake(self) -> None:
+        """The placement or the sessions changed."""
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        while True:
+            self._wake.clear()
+            await self._step()
+            try:
+                async with asyncio.timeout(LOOK_S):
+                    await self._wake.wait()
+            except TimeoutError:
+                continue
+
+    async def _step(self) -> None:
+        """One act: load what is missing, else give up what is not wanted and not needed."""
+        view, now = self._view(), asyncio.get_running_loop().time()
+        wanted = {span.model: span for span in view.placement.spans_of(view.me)}
+        self.refused = {span: why for span, why in self.refused.items() if span in wanted.values()}
+        for model, span in wanted.items():
+            held = self.loaded.get(model)
+            lacks = held is None or not held.covers(span.start, span.end)
+            if lacks and self._retry_at.get(span, 0.0) <= now:
+                return await self._load(span, _grown(held, span), view)
+        for model, held in list(self.loaded.items()):
+            spare = _spare(held, wanted.get(model))
+            if spare and not any(self._in_use(piece) for piece in spare) and all(map(view.may_drop, spare)):
+                return await self._give_up(held, wanted.get(model), view)
+
+    async def _load(self, wish: LayerSpan, span: LayerSpan, view: MeshView) -> None:
+        """Fetch and load ``span``, for the sake of ``wish``; the engine keeps the layers that it has already."""
+        model = view.model(span.model)
+        assert model is not None, span
+        self.loading, self.progress = span, (0, 0)
+        self._changed()
+        try:
+            folder = await self._weights.bring(model, span, view.sources(model.manifest), self._on_progress)
+            await self._engine.load(model, folder, span)
+        except (MeshError, OSError) as error:
+            self._refuse(wish, error)
+        else:
+            self.loaded[span.model] = span
+            self._log.info("loaded", model=span.model, layers=f"{span.start}-{span.end}")
+        finally:
+            self.loading = None
+            self._changed()
+
+    async def _give_up(self, held: LayerSpan, wish: LayerSpan | None, view: MeshView) -> None:
+        """Nobody runs over these layers, and others can serve them."""
+        if wish is not None:
+            return await self._load(wish, wish, view)
+        await self._engine.unload(held)
+        del self.loaded[held.model]
+        self._log.info("dropped", model=held.model, layers=f"{held.start}-{held.end}")
+        self._changed()
+
+    def _on_progress(self, done: int, total: int) -> None:
+        self.progress = (done, total)
+        self._changed()
+
+    def _refuse(self, span: LayerSpan, error: Exception) -> None:
+        """A model that cannot be served here for good is said so; anything else is tried again."""
+        self.refused[span] = str(error)
+        wait = 60.0 if isinstance(error, ConfigError) else RETRY_S
+        self._retry_at[span] = asyncio.get_running_loop().time() + wait
+        self._log.warning("not loaded", model=span.model, layers=f"{span.start}-{span.end}", why=str(error))
+
+
+def _grown(held: LayerSpan | None, wish: LayerSpan) -> LayerSpan:
+    """What to load: with what is held, while the two touch, so that nothing is missing in between."""
+    if held is None or held.end < wish.start or wish.end < held.start:
+        return wish
+    return LayerSpan(wish.model, min(held.start, wish.start), max(held.end, wish.end))
+
+
+def _spare(held: LayerSpan, wish: LayerSpan | None) -> list[LayerSpan]:
+    """The parts of ``held`` that are not wanted."""
+    if wish is None:
+        return [held]
+    pieces = ((held.start, min(held.end, wish.start)), (max(held.start, wish.end), held.end))
+    return [LayerSpan(held.model, start, end) for start, end in pieces if start < end]

@@ -1,0 +1,492 @@
+"""The composition root: builds every part of a node, owns its one TaskGroup, and stops the parts in reverse order.
+
+sockets ─► Peers (gossip, election) ─► events ─► MeshView ─► routing, Coordinator, Loader, status
+              ▲   │ pipeline frames                            │
+              │   ▼                                            ▼
+Mail ◄── StageService ◄──► Engine                  RecordKeeper (edits of the committed record)
+  ▲
+  └────── Entry ◄── NodeService ◄── ApiServer
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import signal
+import socket
+import sys
+import time
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import msgspec
+
+from gossip import config as gossip_config
+from gossip import events as gossip_events
+from mesh.core import Rejected
+from mesh.election import config as election_config
+from mesh.election import events as election_events
+from mesh.election.voters import MemberInfo
+from mesh.errors import ConfigError, MeshError
+from mesh.pipeline import messages as m
+from mesh.pipeline import session as session_core
+from mesh.pipeline import stage as stage_core
+from mesh.types import ModelInfo, NodeId
+from node.api.app import ApiServer
+from node.api.context import ApiSettings
+from node.api.guard import check_bind, is_loopback
+from node.ask import RUNTIME_FILE
+from node.boot import Boot, boot, remember_peers
+from node.config import NodeConfig
+from node.coordinator import LOCAL, Coordinator, Pace, decode_placement
+from node.entry import Entry, LiveGeneration
+from node.folder import DataFolder
+from node.identity import SealKey
+from node.lag import LagMeter
+from node.loader import Loader
+from node.machine import Machine, measure
+from node.mail import Mail
+from node.net.address import bind_pair, format_address, parse_address
+from node.net.inbound import Received
+from node.outlook import Outlook
+from node.peers import PeerEvents, Peers
+from node.record import AddModel, RecordKeeper
+from node.security.keyring import KeyRing
+from node.security.tls import PeerTls
+from node.service import NodeService
+from node.stage import StageService
+from node.telemetry import Telemetry, get_logger, setup_logging
+from node.weights.keeper import Weights
+from node.weights.serve import FILE_PATH, HAVE_PATH, DoorFiles, FileServer
+
+VERSION = "0.1.0"
+LEAVE_S = 30.0
+"""How long a leaving node waits for others to take over what only it holds ..."""
+DRAIN_S = 10.0
+"""... for its own streams to end ..."""
+GOODBYE_S = 3.0
+"""... and for the election and gossip to let it go."""
+PUBLISH_S = 0.25
+
+
+def run(config: NodeConfig) -> int:
+    """Run a node until it is told to leave; the exit status of the process."""
+    setup_logging(config.log_format)
+    if sys.platform != "win32":
+        import uvloop
+
+        return uvloop.run(_main(config))
+    return asyncio.run(_main(config))
+
+
+def first_of(group: BaseExceptionGroup[ConfigError]) -> ConfigError:
+    """The wrong setting that brought a node's tasks down."""
+    first = group.exceptions[0]
+    return first_of(first) if isinstance(first, BaseExceptionGroup) else first
+
+
+async def _main(config: NodeConfig) -> int:
+    with DataFolder(config.data_dir) as folder:
+        host, port = parse_address(config.listen, "--listen")
+        tcp, udp = bind_pair(host, port)
+        address = config.advertise or format_address(host, tcp.getsockname()[1])
+        booted = await boot(folder, config.token, (parse_address(address)[0],))
+        keys = booted.durable.committed.content.api_keys
+        check_bind(parse_address(config.api, "--api")[0], has_keys=bool(keys))
+        name = config.name or f"{socket.gethostname()}-{booted.identity.node_id[:4]}"
+        config = msgspec.structs.replace(config, name=name)
+        node = Node(config, folder, booted, address, await measure(config))
+        try:
+            await node.serve(tcp, udp)
+        except* ConfigError as group:
+            raise first_of(group) from None
+        return 0
+
+
+class Node:
+    """One running machine of the mesh."""
+
+    def __init__(self, config: NodeConfig, folder: DataFolder, booted: Boot, address: str, machine: Machine) -> None:
+        self.config, self.folder, self.address, self.machine = config, folder, address, machine
+        self.me, self.admin_key = booted.identity.node_id, folder.admin_key()
+        self.draining = self.settled = False
+        self._booted = booted
+        self._log = get_logger("node")
+        self._stop, self._released, self._departed = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        self._tasks: asyncio.TaskGroup | None = None
+        self._offered: dict[str, ModelInfo] = {}
+        self._lag = LagMeter()
+        self.telemetry = Telemetry()
+        self._build(booted)
+
+    # -- building ------------------------------------------------------------------------------------------------------
+
+    def _build(self, booted: Boot) -> None:
+        self.folder.save_membership(booted.membership)
+        self._ring = KeyRing(booted.membership.mesh_id, booted.durable.committed.content.gossip_keys)
+        local = self._is_local()
+        self.peers = Peers(
+            identity=booted.identity,
+            tls=PeerTls(self.folder.membership_path, booted.membership),
+            ring=self._ring,
+            folder=self.folder,
+            durable=booted.durable,
+            address=self.address,
+            gossip=getattr(gossip_config, local)(),
+            election=getattr(election_config, local)(),
+            events=PeerEvents(
+                on_gossip=self._on_gossip,
+                on_election=self._on_election,
+                on_pipeline=self._on_pipeline,
+                on_lost=self._on_lost,
+                allowed=lambda node: node not in self.keeper.content.tombstones,
+                admit=lambda request: self.keeper.admit(request),
+            ),
+            spawn=self._spawn,
+        )
+        self.keeper = RecordKeeper(booted.identity, self.peers)
+        self.outlook = Outlook(self.me, self.peers, self.profile)
+        self.mail = Mail(self.me, self.peers.send_pipeline, self._deliver)
+        self.engine = self.machine.make_engine(self.config)
+        self.stage = StageService(
+            self.me,
+            self.engine,
+            self.mail.post,
+            self._on_stage,
+            stage_core.StageConfig(checkpoint_bytes=self.config.checkpoint_memory),
+        )
+        self.entry = Entry(
+            self.me,
+            view=lambda: self.view,
+            post=self.mail.post,
+            on_event=self._on_stage,
+            balance=self.config.balance,
+            rng=random.Random(),
+            on_recovered=self._on_recovered,
+        )
+        self.weights = Weights(
+            self.folder.subfolder("models"), DoorFiles(self.peers.get), self.machine.needed_tensors, self.peers.reject
+        )
+        served = FileServer(self.weights.store)
+        self.peers.door.add_get(HAVE_PATH, served.have)
+        self.peers.door.add_get(FILE_PATH, served.file)
+        self.loader = Loader(
+            self.engine,
+            self.weights,
+            view=lambda: self.view,
+            in_use=self.stage.core.in_use,
+            changed=self._on_loaded,
+        )
+        pace = LOCAL if local == "loopback" else Pace()
+        self.coordinator = Coordinator(self.keeper, lambda: self.view, self._seal_key_of, pace)
+
+    def _is_local(self) -> str:
+        if self.config.preset != "auto":
+            return self.config.preset
+        return "loopback" if is_loopback(parse_address(self.address)[0]) else "lan"
+
+    # -- life ----------------------------------------------------------------------------------------------------------
+
+    async def serve(self, tcp: socket.socket, udp: socket.socket) -> None:
+        """Until told to leave; a bug in any part stops all of them."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, self.begin_leave)
+        api = self._make_api()
+        async with asyncio.TaskGroup() as self._tasks:
+            await self.peers.start(tcp, udp)
+            await api.start(self._api_tls())
+            self._write_runtime(api.port)
+            running = [self._spawn(part) for part in self._parts()]
+            try:
+                await self._stop.wait()
+                await self._leave()
+            finally:
+                for task in running:
+                    task.cancel()
+                await self._close(api)
+
+    def _parts(self) -> list[Coroutine[Any, Any, None]]:
+        return [
+            self.peers.gossip.run(),
+            self.peers.election.run(),
+            self.coordinator.run(),
+            self.entry.renew_leases(),
+            self._publish(),
+            self._lag.run(),
+            self._remember(),
+            self._come_in(),
+            *([self.loader.run(), self._watch_engine()] if self.machine.holds_layers else []),
+        ]
+
+    async def _come_in(self) -> None:
+        """Gossip with the seeds, offer what is to be offered, say how others join."""
+        self._on_committed()
+        seeds = self._booted.seeds
+        await self.peers.gossip.call(lambda core, now: core.join(seeds, now))
+        for wish in self.config.model:
+            await self.offer(wish.source, wish.name)
+        await self._until_known()
+        self._log.info("joined", mesh=self.peers.core.durable.mesh_id[:8], name=self.config.name, peer=self.address)
+        if self._booted.founded:
+            made = await self.service.token_create(86_400.0, None)
+            mesh = self.peers.core.durable.mesh_id[:8]
+            print(f"founded mesh {mesh}; others join with:\n  {made['command']}", flush=True)
+
+        self.settled = True
+
+    async def _until_known(self) -> None:
+        """Until a coordinator is known and what this node offers is in the record: before that nothing is ready."""
+        while not self.peers.core.leader or any(not self.keeper.serves(info) for info in self._offered.values()):
+            await asyncio.sleep(0.05)
+
+    async def _watch_engine(self) -> None:
+        """A bug on the device thread stops the node: the mesh carries on without it."""
+        while True:
+            await asyncio.sleep(1.0)
+            if self.engine.failed is not None:
+                await self.engine.failed
+
+    def begin_leave(self) -> None:
+        """Drain and leave; a second call leaves at once."""
+        if self._stop.is_set():
+            self._released.set()
+            self._departed.set()
+            self.draining = False
+        else:
+            self.draining = True
+            self._stop.set()
+
+    async def _leave(self) -> None:
+        """Let others take over, let own streams end, hand over the vote, say goodbye."""
+        self._log.info("leaving")
+        self._announce()
+        await self._until(lambda: not self._needed(), LEAVE_S)
+        await self._until(lambda: not self.entry.sessions(), DRAIN_S)
+        self.peers.election.cast(lambda core, now: core.leave(now))
+        await self._until(self._released.is_set, GOODBYE_S)
+        self.peers.gossip.cast(lambda core, now: core.leave(now))
+        await self._until(self._departed.is_set, GOODBYE_S)
+
+    def _needed(self) -> bool:
+        """Some layers are only here, and somebody stays who could take them."""
+        stays = any(m.state == "alive" and m.id != self.me and not m.profile.draining for m in self.view.members)
+        return stays and not all(self.view.may_drop(span) for span in self.loader.spans)
+
+    async def _until(self, condition: Any, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while self.draining and not condition() and time.monotonic() < end:
+            await asyncio.sleep(0.05)
+
+    async def _close(self, api: ApiServer) -> None:
+        for generation in self.entry.sessions():
+            generation.finish("cancelled")
+        await api.stop()
+        self.stage.stop()
+        await self.peers.stop()
+        await self.engine.stop()
+        (self.folder.path / RUNTIME_FILE).unlink(missing_ok=True)
+
+    def _spawn(self, part: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        assert self._tasks is not None
+        return self._tasks.create_task(part)
+
+    # -- the public door -----------------------------------------------------------------------------------------------
+
+    def _make_api(self) -> ApiServer:
+        host, port = parse_address(self.config.api, "--api")
+        settings = ApiSettings(
+            host=host,
+            port=port,
+            max_sessions=self.config.max_sessions,
+            max_queue=self.config.max_queue,
+            names=tuple(filter(None, (urlsplit(self.config.api_advertise).hostname,))),
+        )
+        server: ApiServer
+        self.service = NodeService(self, VERSION, lambda: server.api.gate.waiting)
+        server = ApiServer(self.service, settings, self.telemetry)
+        return server
+
+    def _api_tls(self) -> Any:
+        import ssl
+
+        if self.config.api_tls == "off":
+            return None
+        certificate, _, key = self.config.api_tls.partition(",")
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        try:
+            if self.config.api_tls == "auto":
+                context.load_cert_chain(self.folder.membership_path)
+            else:
+                context.load_cert_chain(certificate, key)
+        except (OSError, ssl.SSLError) as error:
+            raise ConfigError(f"--api-tls {self.config.api_tls}: {error}") from error
+        return context
+
+    def _write_runtime(self, api_port: int) -> None:
+        scheme = "http" if self.config.api_tls == "off" else "https"
+        host = parse_address(self.config.api)[0]
+        self._api_url = self.config.api_advertise or f"{scheme}://{format_address(host, api_port)}"
+        runtime = {"pid": os.getpid(), "name": self.config.name, "api": self._api_url, "peer": self.address}
+        Path(self.folder.path / RUNTIME_FILE).write_text(json.dumps(runtime))
+
+    # -- models --------------------------------------------------------------------------------------------------------
+
+    async def offer(self, source: str, name: str) -> ModelInfo:
+        """Offer the model at ``source`` to the mesh as ``name``.  Raises ``ConfigError`` when it cannot be served."""
+        found = await self.weights.offer(source, name, self.machine.dtype(self.config))
+        await self.machine.check_servable(found.info, found.folder)
+        self._offered[name] = found.info
+        self._announce()
+        self._spawn(self._register(found.info))
+        return found.info
+
+    async def _register(self, info: ModelInfo) -> None:
+        """Into the record, as soon as there is a coordinator to put it there."""
+        while True:
+            try:
+                await self.keeper.edit(AddModel(info))
+                return
+            except MeshError as error:
+                if error.status == 409:
+                    self._log.error("model refused", model=info.id, why=str(error))
+                    self._offered.pop(info.id, None)
+                    return
+                await asyncio.sleep(0.5)
+
+    @property
+    def supports_grammar(self) -> bool:
+        return bool(getattr(self.engine, "supports_grammar", False))
+
+    # -- what this node says of itself ---------------------------------------------------------------------------------
+
+    def profile(self) -> Any:
+        """This node's row, as of now."""
+        return self.machine.profile(
+            self.config,
+            peer=self.address,
+            api=getattr(self, "_api_url", ""),
+            models=tuple(self._offered.values()),
+            loader=self.loader,
+            engine=self.engine,
+            seal_key=msgspec.msgpack.encode(self._booted.identity.seal_key),
+            draining=self.draining,
+            rtt_ms=self.peers.swim.median_rtt_ms(),
+            lag_ms=self._lag.p99_ms,
+        )
+
+    def _announce(self) -> None:
+        profile = self.profile()
+        self.peers.gossip.cast(lambda core, now: core.set_profile(profile, now))
+        self.outlook.touch()
+
+    async def _publish(self) -> None:
+        """The core decides what is news; here it only hears it often enough."""
+        while True:
+            await asyncio.sleep(PUBLISH_S)
+            self._announce()
+            self.peers.swim.note_lag(self._lag.worst_s())
+            self.telemetry.checkpoint_bytes.set(self.stage.core.checkpoint_bytes)
+
+    async def _remember(self) -> None:
+        """Where the others are, for a restart."""
+        known: tuple[tuple[NodeId, str], ...] = ()
+        while True:
+            await asyncio.sleep(5.0)
+            members = [x for x in self.peers.swim.members() if x.node != self.me and x.state == "alive"]
+            peers = tuple((x.node, x.address) for x in members[:32])
+            if peers and peers != known:
+                known = peers
+                await asyncio.to_thread(remember_peers, self.folder, peers)
+
+    def _seal_key_of(self, node: NodeId) -> SealKey | None:
+        member = self.view.member(node)
+        raw = member.profile.seal_key if member else b""
+        try:
+            return msgspec.msgpack.decode(raw, type=SealKey) if raw else None
+        except msgspec.DecodeError:
+            return None
+
+    # -- events --------------------------------------------------------------------------------------------------------
+
+    @property
+    def view(self) -> Any:
+        return self.outlook.view
+
+    def _on_gossip(self, event: Any) -> None:
+        self.outlook.touch()
+        if isinstance(event, gossip_events.MemberChanged):
+            self._on_member(event)
+        elif isinstance(event, gossip_events.Departed):
+            self._departed.set()
+        elif isinstance(event, Rejected):
+            self.peers.reject(event.sender, event.why)
+
+    def _on_member(self, event: gossip_events.MemberChanged) -> None:
+        if event.old != event.new:
+            self._log.info("member", node=event.node[:8], was=event.old, now=event.new)
+            if event.new == "suspect":
+                self.telemetry.suspicions.inc()
+        if event.new in ("dead", "left") and event.node != self.me:
+            self.entry.lost(event.node, event.new)
+            self.peers.election.cast(lambda core, now: core.note_lost(event.node, now))
+        infos: tuple[MemberInfo, ...] = self.outlook.electorate(time.monotonic())
+        self.peers.election.cast(lambda core, now: core.note_members(infos, now))
+
+    def _on_election(self, event: Any) -> None:
+        self.keeper.noticed()
+        self.outlook.touch()
+        if isinstance(event, election_events.Committed):
+            self._on_committed()
+        elif isinstance(event, election_events.BecameLeader):
+            self.coordinator.note_leading()
+            self.telemetry.elections.inc()
+        elif isinstance(event, election_events.Released):
+            self._released.set()
+        elif isinstance(event, Rejected):
+            self.peers.reject(event.sender, event.why)
+
+    def _on_committed(self) -> None:
+        """Act on the newest committed record: keys, fences, tombstones, placement."""
+        record = self.peers.core.committed
+        if record.content.gossip_keys:
+            self._ring.set_keys(record.content.gossip_keys)
+        self.outlook.placement(decode_placement(record.content.placement), record.placement_id)
+        self.stage.activate(record.placement_id)
+        for node in record.content.tombstones:
+            self.peers.gossip.cast(lambda core, now, node=node: core.expel(node, now))
+            self.peers.links.drop(node)
+            self.peers.door.drop(node)
+        self.loader.wake()
+
+    def _on_pipeline(self, frame: Received) -> None:
+        self.mail.arrived(frame.sender, frame.body if len(frame.body) else frame.message)
+        self.stage.credit(frame)
+
+    def _deliver(self, message: Any, sender: NodeId) -> None:
+        if isinstance(message, m.TO_SESSION):
+            self.entry.receive(message, sender)
+        else:
+            self.stage.receive(message, sender)
+
+    def _on_lost(self, node: NodeId) -> None:
+        self.entry.lost(node, "reset")
+
+    def _on_stage(self, event: Any) -> None:
+        if isinstance(event, stage_core.FetchPlacement):
+            self.peers.election.cast(lambda core, now: core.may_open(event.placement_id, event.peer)[1])
+        elif isinstance(event, Rejected):
+            self.peers.reject(event.sender, event.why)
+
+    def _on_loaded(self) -> None:
+        self.stage.set_spans(self.loader.spans)
+        self._announce()
+
+    def _on_recovered(self, generation: LiveGeneration, trace: session_core.Recovery) -> None:
+        self.telemetry.recoveries.labels(trace.cause).inc()
+        self.telemetry.recovery_pause.observe(trace.pause_ms / 1e3)
+        self.telemetry.positions_replayed.inc(trace.positions_replayed)
+        self._log.info("recovered", session=generation.session.id, cause=trace.cause, pause_ms=round(trace.pause_ms))

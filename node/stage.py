@@ -1,0 +1,167 @@
+"""The stage role: what the Stage core asks, the Engine computes; what the engine computed, the core sends on."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from mesh.core import Effect, Emit, Send
+from mesh.errors import CapacityError, MeshError
+from mesh.pipeline import messages as m
+from mesh.pipeline import stage as core
+from mesh.types import LayerSpan, ModelId, NodeId
+from node.driver import Alarm
+from node.engine.sequence import Result, SequenceSpec, Work
+from node.net.inbound import Received
+
+PENDING_BYTES = 64 << 20
+"""Past this many bytes of hidden states in the engine's queue, senders get no more credit for a while."""
+
+
+class _Pending:
+    """Bytes of one sequence that wait in the engine's queue; ``row``: of one position."""
+
+    def __init__(self) -> None:
+        self.bytes = self.row = 0
+
+
+class StageService:
+    """Drives one ``StageCore`` over one ``Engine``.  Everything here runs on the event loop."""
+
+    def __init__(
+        self,
+        me: NodeId,
+        engine: Any,
+        post: Callable[[Send], None],
+        on_event: Callable[[Any], None],
+        config: core.StageConfig | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.core = core.StageCore(me, config)
+        self._engine, self._post, self._on_event, self._clock = engine, post, on_event, clock
+        self._alarm = Alarm(self.core, lambda: self._perform(self.core.tick(self._clock())), clock)
+        self._verbs: dict[type, Callable[[Any], list[Effect]]] = {
+            core.Reserve: self._reserve,
+            core.Compute: self._compute,
+            core.Truncate: self._truncate,
+            core.Free: self._free,
+        }
+        self._pending: dict[str, _Pending] = {}
+        self._parked: deque[Received] = deque()
+        engine.on_results = self.on_results
+
+    def receive(self, message: m.ToStage, sender: NodeId) -> None:
+        self._perform(self.core.receive(message, sender, self._clock()))
+
+    def credit(self, frame: Received) -> None:
+        """Let the sender of ``frame`` send as much again, now or when the engine has caught up."""
+        if self.pending_bytes > PENDING_BYTES:
+            self._parked.append(frame)
+        else:
+            frame.done()
+
+    def on_results(self, results: Sequence[Result]) -> None:
+        """One engine step's results."""
+        for result in results:
+            if pending := self._pending.get(result.key):
+                pending.bytes -= result.n * pending.row
+        self._perform(self.core.computed([_computed(result) for result in results], self._clock()))
+        while self._parked and self.pending_bytes <= PENDING_BYTES:
+            self._parked.popleft().done()
+
+    @property
+    def pending_bytes(self) -> int:
+        """Hidden states that wait in the engine's queue."""
+        return sum(pending.bytes for pending in self._pending.values())
+
+    def set_spans(self, spans: Sequence[LayerSpan]) -> None:
+        self.core.set_spans(spans)
+
+    def activate(self, placement_id: m.PlacementId) -> None:
+        self.core.activate(placement_id)
+
+    def stop(self) -> None:
+        self._alarm.stop()
+
+    def _perform(self, effects: list[Effect]) -> None:
+        """In order; what the engine answers at once comes before what is left."""
+        queue = deque(effects)
+        while queue:
+            effect = queue.popleft()
+            if isinstance(effect, Send):
+                self._post(effect)
+                continue
+            assert isinstance(effect, Emit), effect
+            verb = self._verbs.get(type(effect.event))
+            if verb is None:
+                self._on_event(effect.event)
+            else:
+                queue.extendleft(reversed(verb(effect.event)))
+        self._alarm.update()
+
+    def _reserve(self, ask: core.Reserve) -> list[Effect]:
+        spec = SequenceSpec(
+            key=ask.key,
+            model=ModelId(ask.model),
+            start=ask.start,
+            end=ask.end,
+            max_positions=ask.max_positions,
+            priority=ask.priority,
+            hops=ask.hops,
+            sampling=ask.sampling,
+            tokens=ask.tokens,
+        )
+        now = self._clock()
+        try:
+            self._engine.open(spec)
+        except CapacityError as error:
+            return self.core.refused(ask.key, "busy", str(error), error.retry_after_s or 1.0)
+        except MeshError as error:
+            return self.core.refused(ask.key, "not_held", str(error), 0.5)
+        return self.core.reserved(ask.key, now)
+
+    def _compute(self, work: core.Compute) -> list[Effect]:
+        if work.hidden is not None:
+            pending = self._pending.setdefault(work.key, _Pending())
+            pending.bytes, pending.row = pending.bytes + len(work.hidden), len(work.hidden) // work.n
+        self._engine.submit(
+            Work(
+                key=work.key,
+                tag=work.tag,
+                start=work.start,
+                n=work.n,
+                tokens=work.tokens,
+                hidden=work.hidden,
+                sample=work.sample,
+                prompt_logprobs=work.prompt_logprobs,
+            )
+        )
+        return []
+
+    def _truncate(self, event: core.Truncate) -> list[Effect]:
+        self._pending.pop(event.key, None)
+        self._engine.truncate(event.key, event.length)
+        return []
+
+    def _free(self, event: core.Free) -> list[Effect]:
+        self._pending.pop(event.key, None)
+        self._engine.close(event.key)
+        return []
+
+
+def _computed(result: Result) -> core.Computed:
+    drawn = result.sampled
+    return core.Computed(
+        key=result.key,
+        tag=result.tag,
+        start=result.start,
+        n=result.n,
+        hidden=result.hidden,
+        token=drawn.token if drawn else None,
+        logprob=drawn.logprob if drawn else 0.0,
+        top=drawn.top if drawn else (),
+        prompt_logprobs=result.prompt_logprobs,
+        error=result.error,
+    )

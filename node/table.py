@@ -1,0 +1,56 @@
+"""``status`` for people: the /mesh/status document as tables."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def print_status(document: dict[str, Any], *, clear: bool = False) -> None:
+    console = Console()
+    if clear:
+        console.clear()
+    names = {member["id"]: member["name"] for member in document["members"]}
+    coordinator = names.get(document["coordinator"], "none")
+    voters = ", ".join(names.get(voter, voter[:8]) for voter in document["voters"])
+    mesh = document["mesh_id"][:8]
+    console.print(f"mesh {mesh}  coordinator {coordinator}  term {document['term']}  voters {voters}")
+    if document["degraded"]:
+        console.print(f"[yellow]degraded: {document['degraded']}")
+    console.print(_members(document))
+    console.print(_models(document, names))
+    items = document["sessions"]["items"]
+    console.print(f"sessions: {document['sessions']['running']} running, {document['sessions']['waiting']} waiting")
+    if items:
+        console.print(_sessions(items, names))
+
+
+def _members(document: dict[str, Any]) -> Table:
+    table = Table("NODE", "STATE", "API", "PEERS", "LAYERS", "LOAD", box=None, pad_edge=False)
+    for member in document["members"]:
+        spans = " ".join(f"{s['model']}[{s['start']}:{s['end']}]" for s in member["spans"])
+        load = member["load"]
+        busy = f"{load['running']} running, {load['tokens_per_s']:.0f} tokens/s"
+        colour = {"alive": "green", "suspect": "yellow", "dead": "red"}.get(member["state"], "dim")
+        state = f"[{colour}]{member['state']}[/]"
+        table.add_row(member["name"], state, member["api"], member["peer"], spans or "-", busy)
+    return table
+
+
+def _models(document: dict[str, Any], names: dict[str, str]) -> Table:
+    table = Table("MODEL", "PLACED ON", "SURVIVES", box=None, pad_edge=False)
+    for model in document["placement"]["models"]:
+        spans = " ".join(f"{names.get(s['node'], s['node'][:8])}[{s['start']}:{s['end']}]" for s in model["spans"])
+        survives = document["survivability"].get(model["id"], {}).get("nodes_that_may_fail", 0)
+        table.add_row(model["id"], model["missing"] or spans, f"any {survives} nodes failing")
+    return table
+
+
+def _sessions(items: list[dict[str, Any]], names: dict[str, str]) -> Table:
+    table = Table("SESSION", "MODEL", "CLASS", "ROUTE", "TOKENS", "RECOVERIES", box=None, pad_edge=False)
+    for item in items:
+        hops = " ".join(f"{names.get(h['node'], h['node'][:8])}[{h['start']}:{h['end']}]" for h in item["route"])
+        table.add_row(item["id"], item["model"], item["class"], hops, str(item["tokens"]), str(len(item["recoveries"])))
+    return table

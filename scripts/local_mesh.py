@@ -1,0 +1,250 @@
+"""A mesh of real processes on this machine: start, ask, kill, stop.  For launch_local, demo, benchmarks and live tests.
+
+Standard library only; what a node is asked goes over its public API, as anyone would ask it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+STOP_S = 20.0
+
+
+class MeshFailure(RuntimeError):
+    """A node did not do what it was started for; the message carries the end of its log."""
+
+
+class LocalNode:
+    """One ``python -m node join`` process."""
+
+    def __init__(self, name: str, folder: Path, api_port: int, peer_port: int, flags: list[str]) -> None:
+        self.name, self.folder, self.flags = name, folder, flags
+        self.api, self.peer = f"http://127.0.0.1:{api_port}", f"127.0.0.1:{peer_port}"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def log(self) -> Path:
+        return self.folder.with_suffix(".log")
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid if self.process else 0
+
+    @property
+    def running(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
+    def start(self, token: str = "") -> None:
+        """Start, or start again with the same data folder."""
+        command = [sys.executable, "-m", "node", "join", *([token] if token else [])]
+        command += ["--name", self.name, "--data-dir", str(self.folder)]
+        command += ["--listen", self.peer, "--api", self.api.removeprefix("http://"), *self.flags]
+        environment = dict(os.environ, HF_HUB_OFFLINE=os.environ.get("HF_HUB_OFFLINE", "1"))
+        # Library pools that spin are up to ten times slower with more threads than cores over all processes.
+        environment.setdefault("OMP_NUM_THREADS", "1")
+        environment.setdefault("TOKENIZERS_PARALLELISM", "false")
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )  # fmt: skip
+
+    def signal(self, number: signal.Signals) -> None:
+        if self.running:
+            assert self.process is not None
+            self.process.send_signal(number)
+
+    def kill(self) -> None:
+        """SIGKILL, and wait until it is gone."""
+        self.signal(signal.SIGKILL)
+        if self.process is not None:
+            self.process.wait()
+
+    def tail(self, lines: int = 25) -> str:
+        text = self.log.read_text(errors="replace") if self.log.exists() else ""
+        return "\n".join(text.splitlines()[-lines:])
+
+    def get(self, path: str, timeout: float = 5.0) -> Any:
+        return http_json(self.api + path, timeout=timeout)
+
+    def admin(self, method: str, path: str, body: Any = None) -> Any:
+        key = (self.folder / "admin.key").read_text().strip()
+        return http_json(self.api + path, method=method, body=body, key=key, timeout=30.0)
+
+    def ready(self) -> bool:
+        with contextlib.suppress(OSError, ValueError):
+            return bool(self.get("/ready").get("ready", True))
+        return False
+
+    def answers(self) -> bool:
+        with contextlib.suppress(OSError, ValueError):
+            self.get("/health")
+            return True
+        return False
+
+
+class LocalMesh:
+    """``nodes`` processes; the first founds the mesh and offers the models."""
+
+    def __init__(
+        self,
+        nodes: int,
+        models: list[str],
+        *,
+        base_port: int = 0,
+        folder: Path | None = None,
+        flags: list[str] | None = None,
+        threads: int | None = None,
+    ) -> None:
+        self._own_folder = folder is None
+        self.folder = folder or Path(tempfile.mkdtemp(prefix="murmur-"))
+        threads = threads or max(1, (os.cpu_count() or 1) // nodes)
+        common = ["--threads", str(threads), *(flags or [])]
+        ports = _ports(base_port, nodes)
+        self.nodes = [
+            LocalNode(f"node-{i}", self.folder / f"node-{i}", api, peer, common) for i, (api, peer) in enumerate(ports)
+        ]
+        self.nodes[0].flags = [*common, *(flag for model in models for flag in ("--model", model))]
+        self.token = ""
+
+    def start(self, timeout: float = 120.0) -> None:
+        """Until every node is ready to serve every model."""
+        self.nodes[0].start()
+        self.wait(lambda: self.nodes[0].answers(), "the founder to answer", timeout)
+        self.token = self.new_token()
+        for node in self.nodes[1:]:
+            node.start(self.token)
+        self.wait_ready(timeout)
+
+    def new_token(self) -> str:
+        return str(self.nodes[0].admin("POST", "/mesh/admin/tokens", {"ttl_s": 86400, "uses": None})["token"])
+
+    def wait_ready(self, timeout: float = 120.0) -> None:
+        """All running nodes see each other, and each can serve."""
+        running = [node for node in self.nodes if node.running]
+
+        def settled() -> bool:
+            return all(node.ready() for node in running) and all(self.alive(node) == len(running) for node in running)
+
+        self.wait(settled, f"{len(running)} nodes to be ready", timeout)
+
+    @staticmethod
+    def alive(node: LocalNode) -> int:
+        with contextlib.suppress(OSError, ValueError):
+            return sum(member["state"] == "alive" for member in node.get("/mesh/status")["members"])
+        return 0
+
+    def wait(self, condition: Callable[[], bool], what: str, timeout: float) -> None:
+        """Poll ``condition``; a node that ends meanwhile, or the time-out, raises with its log."""
+        end = time.monotonic() + timeout
+        while not condition():
+            dead = [node for node in self.nodes if node.process is not None and node.process.poll() not in (None, -9)]
+            if dead or time.monotonic() > end:
+                node = dead[0] if dead else self.nodes[0]
+                why = f"{node.name} ended" if dead else "time-out"
+                raise MeshFailure(f"{why} while waiting for {what}\n{node.name}: {node.tail()}")
+            time.sleep(0.1)
+
+    def stop(self) -> None:
+        """SIGTERM to all, SIGKILL to what is left, and nothing stays behind."""
+        for node in self.nodes:
+            node.signal(signal.SIGCONT)
+            node.signal(signal.SIGTERM)
+        end = time.monotonic() + STOP_S
+        for node in self.nodes:
+            if node.process is not None:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    node.process.wait(max(0.1, end - time.monotonic()))
+                node.kill()
+        if self._own_folder:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def __enter__(self) -> LocalMesh:
+        try:
+            self.start()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stop()
+
+    def describe(self) -> dict[str, Any]:
+        """What ``launch_local --json`` prints."""
+        nodes = [
+            {"name": n.name, "pid": n.pid, "api": n.api, "peer": n.peer, "data_dir": str(n.folder)} for n in self.nodes
+        ]
+        return {"nodes": nodes, "token": self.token}
+
+
+def _ports(base: int, nodes: int) -> list[tuple[int, int]]:
+    """(API, peer door) of each node: from ``base`` on, or whatever is free."""
+    if base:
+        return [(base + i, base + 100 + i) for i in range(nodes)]
+    with contextlib.ExitStack() as held:
+        return [(_free_port(held), _free_port(held)) for _ in range(nodes)]
+
+
+def _free_port(held: contextlib.ExitStack) -> int:
+    """A port free for TCP and UDP; held until all are drawn, so that none is drawn twice."""
+    while True:
+        tcp = held.enter_context(socket.socket(socket.AF_INET, socket.SOCK_STREAM))
+        tcp.bind(("127.0.0.1", 0))
+        udp = held.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+        with contextlib.suppress(OSError):
+            udp.bind(tcp.getsockname())
+            return int(tcp.getsockname()[1])
+
+
+def http_json(url: str, *, method: str = "GET", body: Any = None, key: str = "", timeout: float = 30.0) -> Any:
+    """One JSON request; an error answer raises ``urllib.error.HTTPError`` (an ``OSError``)."""
+    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+    data = json.dumps(body).encode() if body is not None else (b"{}" if method == "POST" else None)
+    request = urllib.request.Request(url, data=data, headers=headers, method=method)
+    with urllib.request.urlopen(request, timeout=timeout) as answer:
+        return json.loads(answer.read() or b"null")
+
+
+def chat(api: str, messages: list[dict[str, str]], timeout: float = 120.0, **params: Any) -> dict[str, Any]:
+    """A chat completion, not streamed."""
+    body = {"model": params.pop("model", "demo"), "messages": messages, "temperature": 0, **params}
+    answer: dict[str, Any] = http_json(f"{api}/v1/chat/completions", method="POST", body=body, timeout=timeout)
+    return answer
+
+
+def stream(api: str, path: str, body: dict[str, Any], timeout: float = 120.0) -> Iterator[dict[str, Any]]:
+    """The chunks of a streamed completion; an error event raises ``MeshFailure``."""
+    data = json.dumps({**body, "stream": True}).encode()
+    request = urllib.request.Request(api + path, data=data, headers={"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=timeout) as answer:
+        for line in answer:
+            if line.startswith(b"data: ") and not line.startswith(b"data: [DONE]"):
+                chunk = json.loads(line[6:])
+                if "error" in chunk:
+                    raise MeshFailure(f"the stream failed: {chunk['error']['message']}")
+                yield chunk
+
+
+def split_weights(model: Path, share: float = 0.6) -> int:
+    """Bytes of weight memory at which no node can hold all of ``model`` (as float32), so that it must be split."""
+    config = json.loads((model / "config.json").read_text())
+    half = config.get("dtype", config.get("torch_dtype")) in ("bfloat16", "float16")
+    files = sum(file.stat().st_size for file in model.glob("*.safetensors"))
+    return int(files * (2 if half else 1) * share)
