@@ -6,11 +6,22 @@ import aiohttp
 import pytest
 
 from mesh.errors import CapacityError, PeerError, PeerUnreachable, RequestError, StalePlacement
-from node.net import stream
+from node.net import inbound, stream
 from node.net.address import bind_pair, parse_address
-from node.net.frames import CREDIT_BYTES, MAX_BODY, encode
+from node.net.frames import encode
 from node.net.inbound import Received
 from node.security.ca import node_name
+
+CREDIT_BYTES = 2**20
+MAX_BODY = CREDIT_BYTES - CREDIT_BYTES // 8
+
+
+@pytest.fixture(autouse=True)
+def _small_credit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same proportions as in service, with fewer bytes to move."""
+    for module in (stream, inbound):
+        monkeypatch.setattr(module, "CREDIT_BYTES", CREDIT_BYTES)
+    monkeypatch.setattr(inbound, "RETURN_BYTES", CREDIT_BYTES // 8)
 
 
 async def test_frames_arrive_whole_in_order_with_their_sender(town: Any) -> None:
@@ -178,13 +189,16 @@ async def test_requests_answers_and_errors_by_name(town: Any) -> None:
 async def test_a_request_without_an_answer_is_unreachable_in_time(town: Any) -> None:
     a, b = await town.member(), await town.member()
 
+    test_over = asyncio.Event()
+
     async def never(sender: str, payload: bytes) -> bytes:
-        await asyncio.Event().wait()
+        await test_over.wait()
         return b""
 
     b.door.on_rpc("never", never)
     with pytest.raises(PeerUnreachable, match="in time"):
         await a.links.request(b.id, b.address, "never", b"", 0.05)
+    test_over.set()
     await b.door.stop()
     with pytest.raises(PeerUnreachable, match="refused"):
         await a.links.request(b.id, b.address, "never", b"", 2.0)
