@@ -1,8 +1,8 @@
 """Durable files: what was written before a crash is there after it, whole or not at all.
 
 One way to write (etcd, Raft section 5.1): a temporary file beside the target, fsync, rename, fsync of the folder.  A
-reader sees the old content or the new, never a mixture, also after a power cut.  All calls block for one or two disk
-flushes (measured 8 ms on a shared virtual disk), which is the price of a vote; nothing on the path of a token is written here.
+reader sees the old content or the new, never a mixture, also after a power cut.  All calls block for two disk flushes
+(measured 8 ms on a shared virtual disk), which is the price of a vote; nothing on the path of a token is written here.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
 import asyncio
+import base64
+import hashlib
 import ssl
 from typing import Any
 
@@ -8,7 +10,7 @@ import pytest
 from mesh.errors import CapacityError, PeerError, PeerUnreachable, RequestError, StalePlacement
 from node.net import inbound, stream
 from node.net.address import bind_pair, parse_address
-from node.net.frames import encode
+from node.net.frames import CREDIT, encode
 from node.net.inbound import Received
 from node.security.ca import node_name
 
@@ -259,3 +261,68 @@ async def test_the_largest_body_never_waits_for_credit_that_lies_idle(town: Any)
     await b.frames.get()
     a.send(b, "forward", b"whole", bytes(MAX_BODY))
     assert (await b.frames.get())[2] == b"whole"
+
+
+async def test_an_idle_link_closes_and_is_not_lost(town: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(stream, "IDLE_S", 0.05)
+    a, b = await town.member(), await town.member()
+    a.send(b, "vote", b"1")
+    await b.frames.get()
+    lane = a.links._links[b.id].lanes["control"]
+    while lane.connected:
+        await asyncio.wait(asyncio.all_tasks() - {asyncio.current_task()}, return_when=asyncio.FIRST_COMPLETED)
+    assert not a.links.connected(b.id)
+    a.send(b, "vote", b"2")
+    assert (await b.frames.get())[2] == b"2"
+    assert a.lost.empty()
+    assert a.up.qsize() == 1, "closing for silence is no news"
+
+
+async def strange_door(member: Any, after_upgrade: Any) -> asyncio.Server:
+    """A door with ``member``'s certificate that upgrades to a WebSocket and then does as told."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        key = next(line.split()[1] for line in head.split(b"\r\n") if line.lower().startswith(b"sec-websocket-key"))
+        accept = base64.b64encode(hashlib.sha1(key + b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11").digest())
+        writer.write(b"HTTP/1.1 101 x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Accept: " + accept)
+        writer.write(b"\r\n\r\n")
+        await after_upgrade(reader, writer)
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=member.tls.server, limit=1024)
+    member.address = "127.0.0.1:%d" % server.sockets[0].getsockname()[1]
+    return server
+
+
+async def test_a_peer_that_does_not_read_is_reset(town: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(stream, "WRITE_S", 0.1)
+    monkeypatch.setattr(stream, "SLOWEST_BYTES_PER_S", 1e9)
+    a, b = await town.member(), await town.member()
+    over = asyncio.Event()
+
+    async def freeze(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        server.close()
+        await over.wait()
+        writer.transport.abort()
+
+    server = await strange_door(b, freeze)
+    for _ in range(12):
+        assert a.send(b, "sync", bytes(2**20))
+    assert await a.lost.get() == b.id
+    over.set()
+
+
+@pytest.mark.parametrize("grant", [CREDIT.pack(2**63), CREDIT.pack(1), b"junk"])
+async def test_credit_that_nobody_owes_ends_the_socket(town: Any, grant: bytes) -> None:
+    a, b = await town.member(), await town.member()
+
+    async def overpay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(bytes((0x82, len(grant))) + grant)
+        server.close()
+        while await reader.read(1024):
+            pass
+        writer.close()
+
+    server = await strange_door(b, overpay)
+    a.send(b, "vote")
+    assert await a.lost.get() == b.id
