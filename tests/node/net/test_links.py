@@ -290,7 +290,7 @@ async def strange_door(member: Any, after_upgrade: Any) -> asyncio.Server:
         await after_upgrade(reader, writer)
 
     server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=member.tls.server, limit=1024)
-    member.address = "127.0.0.1:%d" % server.sockets[0].getsockname()[1]
+    member.address = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
     return server
 
 
