@@ -43,8 +43,12 @@ def span_bytes(model: ModelInfo, start: int, end: int) -> int:
     """Weights of layers [start, end), the embedding or the head included where the span touches that end."""
     if start >= end:
         return 0
-    ends = (model.embed_bytes if start == 0 else 0) + (model.head_bytes if end == model.n_layers else 0)
-    return (end - start) * model.layer_bytes + ends
+    return (end - start) * model.layer_bytes + _ends_bytes(model, start == 0, end == model.n_layers)
+
+
+def _ends_bytes(model: ModelInfo, first: bool, last: bool) -> int:
+    tied = model.tied_bytes if first and last else 0
+    return first * model.embed_bytes + last * model.head_bytes - tied
 
 
 def step_ms(model: ModelInfo, weight_bytes: int, flops: float, bandwidth: float) -> float:
@@ -87,7 +91,7 @@ class Worker:
         self.embed_ms = embed_ms(model, node.bandwidth)
         self.head_ms = step_ms(model, model.head_bytes, node.flops, node.bandwidth)
         self.rooms = {
-            (first, last): self._by_memory(room - first * model.embed_bytes - last * model.head_bytes)
+            (first, last): self._by_memory(room - _ends_bytes(model, first, last))
             for first in (False, True)
             for last in (False, True)
         }

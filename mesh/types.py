@@ -58,6 +58,8 @@ class ModelInfo(msgspec.Struct, frozen=True):
     dtype: str
     """``float32``, ``bfloat16`` or ``float16``."""
     offered_by: tuple[NodeId, ...] = ()
+    tied_bytes: int = 0
+    """Counted in ``embed_bytes`` and in ``head_bytes``, but held once by a span that is both first and last."""
 
 
 class Load(msgspec.Struct, frozen=True):
@@ -104,8 +106,8 @@ class NodeProfile(msgspec.Struct, frozen=True):
     loading: tuple[LayerSpan, ...] = ()
     refused: tuple[str, ...] = ()
     """Spans that could not be loaded, as ``model[start:end]: why``."""
-    placement_counter: int = 0
-    """Counter of the placement id that this node has active."""
+    seal_key: bytes = b""
+    """What the CA's key can be sealed to: the node's X25519 key, signed by its identity (msgpack)."""
     draining: bool = False
     load: Load = Load()
 
@@ -153,6 +155,13 @@ class Route(msgspec.Struct, frozen=True):
 
     model: ModelId
     hops: tuple[Hop, ...]
+
+    def hop_of(self, node: NodeId) -> Hop | None:
+        return next((hop for hop in self.hops if hop.node == node), None)
+
+    @property
+    def nodes(self) -> tuple[NodeId, ...]:
+        return tuple(hop.node for hop in self.hops)
 
     def __str__(self) -> str:
         return ",".join(f"{hop.node[:8]}:{hop.start}-{hop.end}" for hop in self.hops)

@@ -35,15 +35,17 @@ def model_info(name: str, folder: Path, manifest: Manifest, dtype: str) -> Model
     layers, outside = _by_layer(tensors, n_layers, dtype)
     embed = sum(served_bytes(tensor, dtype) for tensor in outside if _is_embedding(tensor.name))
     head = sum(served_bytes(tensor, dtype) for tensor in outside if not _is_embedding(tensor.name))
+    tied = 0
     if not any(_HEAD.search(tensor.name) for tensor in outside):
-        head += max((served_bytes(t, dtype) for t in outside if _is_embedding(t.name)), default=0)
+        tied = max((served_bytes(t, dtype) for t in outside if _is_embedding(t.name)), default=0)
     return ModelInfo(
         id=ModelId(name),
         manifest=manifest.id,
         n_layers=n_layers,
         layer_bytes=max(layers),
         embed_bytes=embed,
-        head_bytes=head,
+        head_bytes=head + tied,
+        tied_bytes=tied,
         hidden_size=int(_need(config, folder, "hidden_size", "n_embd", "d_model")),
         kv_bytes=_kv_values(config, folder) * DTYPE_BYTES[dtype],
         vocab_size=int(_need(config, folder, "vocab_size")),

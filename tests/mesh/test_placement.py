@@ -43,6 +43,8 @@ def shape(placement: Placement, name: str = "m") -> dict[str, tuple[int, int]]:
 def unlike_nodes(rng: random.Random, most: int) -> tuple[ModelInfo, list[NodeCapacity]]:
     n_layers = rng.randint(1, 10)
     weights = model(n_layers, 100, rng.choice([0, 30, 150]), rng.choice([0, 50, 250]))
+    if rng.random() < 0.3:
+        weights = msgspec.structs.replace(weights, tied_bytes=min(weights.embed_bytes, weights.head_bytes))
     scale = int(100 * n_layers * rng.choice([0.4, 0.8, 1.1, 1.5]))
     nodes = [
         NodeCapacity(
@@ -154,6 +156,13 @@ def test_the_ends_need_room_for_embedding_and_head() -> None:
     ]
     placement = place([weights], nodes)
     assert [a.node for a in placement.models[0].primary] == ["e", "x", "h"]
+
+
+def test_a_tied_embedding_is_held_once_by_a_node_that_holds_all() -> None:
+    tied = msgspec.structs.replace(model(4, layer=100, embed=300, head=310), tied_bytes=300)
+    assert not place([tied], [NodeCapacity("a", 710)]).models[0].missing
+    assert place([tied], [NodeCapacity("a", 709)]).models[0].missing
+    assert place([tied], [NodeCapacity("a", 500), NodeCapacity("b", 509)]).models[0].missing
 
 
 @pytest.mark.parametrize("role", ["entry", "witness"])

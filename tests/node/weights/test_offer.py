@@ -58,6 +58,7 @@ async def test_a_tied_head_keeps_the_embedding_at_the_last_span(llama: Path, tmp
     save_file(tensors, llama / "model.safetensors")
     info = (await offer(llama, "tiny", "float32", tmp_path / "cache")).info
     assert info.head_bytes == (VOCABULARY * HIDDEN + HIDDEN) * 4
+    assert span_bytes(info, 0, N_LAYERS) == sum(t.nbytes for t in tensors.values()), "one node needs it once"
 
 
 async def test_shards_with_an_index(sharded: Path, tmp_path: Path) -> None:
