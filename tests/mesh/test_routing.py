@@ -10,7 +10,8 @@ from itertools import permutations
 import pytest
 
 from mesh.errors import NoRoute
-from mesh.routing import Hop, Route, RouteRequest, find_route
+from mesh.routing import RouteRequest, find_route
+from mesh.types import Hop, Route
 from mesh.view import MeshView
 from tests.mesh.exhaustive import model
 from tests.mesh.views import member, view
