@@ -284,7 +284,8 @@ class Swim:
             self.exchange.deadline,
             self.comparer.deadline,
         )
-        self.deadline = None if self._departed or due == math.inf else due
+        # never in the past: a confirmation can bring a verdict forward to before now, which is not lateness
+        self.deadline = None if self._departed or due == math.inf else max(due, now)
         effects = self._out[:]
         self._out.clear()
         return effects

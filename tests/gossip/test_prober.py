@@ -255,6 +255,18 @@ def test_without_the_guard_sleepers_bury_the_living() -> None:
     assert lab.state("b") == "dead"
 
 
+def test_a_verdict_brought_forward_is_not_lateness() -> None:
+    """Confirmations may end a suspicion at a time that is past; nobody slept (found by simulation)."""
+    lab = Lab(*"bcdefgh")
+    lab.core.prober.stop()
+    lab.told(suspect("b", by=("c",)))
+    lab.run(5.0)
+    lab.told(suspect("b", by=("d", "e", "f")))
+    lab.run(0.0)
+    assert lab.state("b") == "dead"
+    assert lab.core.local_health(lab.now) == 0
+
+
 # -- helping
 
 

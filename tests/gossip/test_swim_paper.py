@@ -36,7 +36,7 @@ def test_swim_3_1_load_is_constant() -> None:
 
 
 def test_swim_4_1_updates_are_piggybacked_on_pings_and_acks() -> None:
-    lab = Lab(*"bcd")
+    lab = Lab(*"bcd", config=GossipConfig(retransmit_mult=40.0))
     lab.told(alive("e"))
     carriers = {
         type(message).__name__
