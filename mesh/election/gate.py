@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 
-import msgspec
-
 from mesh.election import messages as m
 from mesh.election.durable import Durable
 from mesh.election.record import MAX_TERM, flaw
@@ -57,5 +55,5 @@ def opened(relayed: m.Relayed, verify: Verify) -> m.Relayable | str:
         return "a relayed message with a wrong signature"
     try:
         return m.decode_relayed(relayed.payload)
-    except msgspec.MsgspecError as error:
+    except (ValueError, RecursionError, OverflowError) as error:  # msgspec's errors are ValueErrors
         return f"a relayed message that cannot be read: {error}"

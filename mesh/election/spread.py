@@ -34,7 +34,7 @@ class Spread:
         return recent and self._holds.get(learner) == record_id
 
     def due(self, learners: Sequence[NodeId], record_id: RecordId, now: float) -> list[NodeId]:
-        """Who is sent the record now.  Retries back off to 16 heartbeats: a silent member costs little."""
+        """Who is sent the record now.  Retries back off to 4 heartbeats; the dead are no learners."""
         behind = [n for n in learners if self._holds.get(n, RecordId()) < record_id and self._may_send(n, now)]
         chosen = behind[: self._config.spread]
         for node in chosen:
@@ -52,4 +52,4 @@ class Spread:
 
     def _may_send(self, learner: NodeId, now: float) -> bool:
         last, tries = self._sent.get(learner, (float("-inf"), 0))
-        return now - last >= self._config.heartbeat_s * min(1 << tries, 16)
+        return now - last >= self._config.heartbeat_s * min(1 << tries, 4)

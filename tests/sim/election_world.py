@@ -1,0 +1,240 @@
+"""The production election core in ``tests.sim.world``: timed weather, an oracle for gossip, checkers after each step.
+
+Gossip is played by an oracle: a member that cannot be reached is suspected after 1 s and dead after 3 s.  Everything
+else (clock, network, disk, crashes) is the simulator's.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import msgspec
+
+from mesh.election.config import ElectionConfig, lan
+from mesh.election.durable import Durable, newcomer
+from mesh.election.election import Election
+from mesh.election.events import Busy, NotLeader, Refused
+from mesh.election.record import Content, RecordId, make_epoch, make_record
+from mesh.election.voters import MemberInfo
+from tests.sim.election_checks import ElectionChecker
+from tests.sim.world import Fault, NetParams, World
+
+MESH = "11" * 16
+EPOCH = make_epoch(1, 7)
+GOSSIP_S, SUSPECT_S, DEAD_S = 0.5, 1.0, 3.0
+
+
+class ElectionWorld(World):
+    """Members ``names`` that agree on a first record with ``voters``; more may ``join``."""
+
+    def __init__(
+        self,
+        seed: int,
+        names: Sequence[str],
+        voters: Sequence[str],
+        *,
+        config: ElectionConfig | None = None,
+        net: NetParams | None = None,
+        make: Callable[..., Election] = Election,
+        rng_of: Callable[[str], random.Random] | None = None,
+        gossip: bool = True,
+    ) -> None:
+        super().__init__(seed, net)
+        self.checker = ElectionChecker()
+        self.config, self.make, self.rng_of = config or lan(), make, rng_of or self.rng_for
+        self.told: list[tuple[float, str, Any]] = []
+        """(time, node, event), all of them."""
+        self._lost_at: dict[tuple[str, str], float] = {}
+        self._alive_at: dict[tuple[str, str], float] = {}
+        self.after_step.append(lambda world, node: self._stepped(node))
+        first = make_record(EPOCH, RecordId(1, 1), tuple(voters), Content())
+        disks = {name: Durable(MESH, EPOCH, name, 1, None, first, first) for name in names}
+        for name, disk in disks.items():
+            self.checker.persisted(name, disk)
+        for name, disk in disks.items():
+            self.join(name, disk)
+        if gossip:
+            self.at(0.0, self._gossip)
+
+    def join(self, name: str, durable: Durable | None = None) -> None:
+        """Add a member; without a state it has heard of nothing yet."""
+        first = durable or newcomer(MESH, name)
+        self.checker.persisted(name, first)
+
+        def build(disk: list[Any], now: float) -> Election:
+            rng, state = self.rng_of(name), disk[-1] if disk else first
+            return self.make(state, self.config, rng, now, sign=lambda data: name.encode(), verify=_verify)
+
+        self.add(
+            name,
+            make=build,
+            on_emit=lambda event, now: self.told.append((self.now, name, event)),
+            on_persist=lambda record, now: self.checker.persisted(name, record),
+            on_reset=lambda core, peer, now: core.note_lost(peer, now),
+        )
+
+    def _send(self, source: str, to: str, message: Any) -> None:
+        self.checker.sent(source, to, message)
+        super()._send(source, to, message)
+
+    def _stepped(self, name: str) -> None:
+        core = self.core(name)
+        if core is not None:
+            self.checker.stepped(name, core)
+
+    # -- the oracle
+
+    def reaches(self, a: str, b: str) -> bool:
+        node = self.nodes[b]
+        return node.up and not node.paused and not self.blocked(a, b) and not self.blocked(b, a)
+
+    def _gossip(self) -> None:
+        for name in self.nodes:
+            if self.nodes[name].up and not self.nodes[name].paused:
+                self._tell(name)
+        self.at(self.now + GOSSIP_S, self._gossip)
+
+    def _tell(self, name: str) -> None:
+        members = [self._info(name, other) for other in self.nodes]
+        for other in self.nodes:
+            gone = self.now - self._lost_at.get((name, other), self.now)
+            if DEAD_S <= gone < DEAD_S + GOSSIP_S:
+                self.do(name, lambda core, now, other=other: core.note_lost(other, now))
+        self.do(name, lambda core, now: core.note_members(members, now))
+
+    def _info(self, name: str, other: str) -> MemberInfo:
+        """What ``name`` would hear of ``other``, in the clock of ``name``."""
+        pair, clock = (name, other), self.nodes[name].clock
+        if name == other or self.reaches(name, other):
+            self._lost_at.pop(pair, None)
+            return MemberInfo(other, alive_since=clock(self._alive_at.setdefault(pair, self.now)))
+        lost = self._lost_at.setdefault(pair, self.now)
+        if self.now - lost < SUSPECT_S:
+            return MemberInfo(other, alive_since=clock(self._alive_at.get(pair, self.now)))
+        self._alive_at.pop(pair, None)
+        dead = None if self.now - lost < DEAD_S else clock(lost + DEAD_S)
+        return MemberInfo(other, alive_since=None, dead_since=dead)
+
+    # -- what tests ask
+
+    def leader(self, among: Sequence[str] = ()) -> str | None:
+        """The node that leads the highest term; None if nobody does."""
+        leaders = [(c.epoch, c.term, n) for n in among or self.nodes if (c := self.core(n)) and c.role == "leader"]
+        return max(leaders)[2] if leaders else None
+
+    def settled(self, among: Sequence[str] = ()) -> bool:
+        """Whether the leader committed a record of its term and all of ``among`` know it."""
+        name = self.leader(among)
+        if name is None or not self.core(name).ready:
+            return False
+        want = self.core(name).committed
+        live = [n for n in among or self.nodes if self.core(n) is not None]
+        return all(self.core(n).committed == want and self.core(n).leader is not None for n in live)
+
+    def ask(self, name: str, verb: Callable[[Any, float], list[Any]]) -> str:
+        """Call a verb; the refusal's name, or empty."""
+        try:
+            self.do(name, verb)
+        except (NotLeader, Busy, Refused) as refusal:
+            return f"{type(refusal).__name__}: {refusal}"
+        return ""
+
+    def propose(self, name: str, placement: bytes) -> str:
+        def change(core: Any, now: float) -> list[Any]:
+            return core.propose(now, msgspec.structs.replace(core.record.content, placement=placement))
+
+        return self.ask(name, change)
+
+
+def _verify(node: str, data: bytes, signature: bytes) -> bool:
+    return signature == node.encode()
+
+
+def draw_faults(rng: random.Random, names: Sequence[str], until: float, count: int) -> list[Fault]:
+    """A schedule of weather: each fault is undone or healed some time later, or never before ``until``."""
+    faults: list[Fault] = []
+    for _ in range(count):
+        at, length = rng.uniform(1.0, until), rng.uniform(0.1, 8.0)
+        some = tuple(sorted(rng.sample(list(names), rng.randint(1, max(1, len(names) // 2)))))
+        one = (rng.choice(list(names)),)
+        kind = rng.choice(("crash", "crash_mid", "silent", "pause", "partition", "cut", "loss", "slow", "drift"))
+        if kind in ("crash", "crash_mid", "silent"):
+            other = ("silent",) if kind == "silent" else ()
+            faults.append(Fault(at, "crash_mid" if kind == "crash_mid" else "crash", one, other))
+            faults.append(Fault(at + length, "restart", one))
+        elif kind == "pause":
+            faults += [Fault(at, "pause", one), Fault(at + length, "resume", one)]
+        elif kind in ("partition", "cut"):
+            faults += [Fault(at, kind, some), Fault(at + length, "heal")]
+        elif kind == "loss":
+            faults += [Fault(at, "loss", (), value=rng.choice((0.05, 0.3, 0.6))), Fault(at + length, "heal")]
+        elif kind == "slow":
+            faults += [Fault(at, "slow", one, value=rng.uniform(0.0, 0.5)), Fault(at + length, "slow", one)]
+        else:
+            faults.append(Fault(at, "drift", one, value=rng.uniform(0.97, 1.03)))
+    return sorted(faults, key=lambda fault: fault.at)
+
+
+def recover(world: ElectionWorld, names: Sequence[str]) -> None:
+    """The second phase: the network is whole, nobody is paused, slow or down."""
+    world.apply(Fault(world.now, "heal"))
+    for name in names:
+        node = world.nodes[name]
+        world.apply(Fault(world.now, "slow", (name,)))
+        if not node.up:
+            world.apply(Fault(world.now, "restart", (name,)))
+        elif node.paused:
+            world.apply(Fault(world.now, "resume", (name,)))
+
+
+def play(seed: int, *, seconds: float = 30.0, **how: Any) -> ElectionWorld:
+    """One timed schedule: weather with proposals, then calm; raises on a violated property or on a missing leader.
+
+    ``how`` goes to ``ElectionWorld``.
+    """
+    rng = random.Random(f"{seed}/weather")
+    names = "abcdefg"[: rng.randint(3, 7)]
+    voters = names[: rng.choice([k for k in (1, 3, 5) if k <= len(names)])]
+    net = NetParams(
+        loss=rng.choice((0.0, 0.0, 0.02, 0.1)),
+        duplicate=rng.choice((0.0, 0.05)),
+        reorder=rng.choice((0.0, 0.1)),
+        base_s=rng.choice((0.0002, 0.002, 0.02)),
+    )
+    config = msgspec.structs.replace(lan(), eligible_after_s=2.0, dead_after_s=4.0, step_s=1.0)
+    world = ElectionWorld(seed, names, voters, config=config, net=net, **how)
+    world.schedule(draw_faults(rng, names, seconds, rng.randint(5, 12)))
+    for number in range(int(seconds)):
+        world.at(rng.uniform(0.0, seconds), lambda number=number: _change(world, b"%d" % number))
+    world.run(until=seconds)
+    _check_calm(world, names)
+    return world
+
+
+def _change(world: ElectionWorld, placement: bytes) -> None:
+    name = world.leader()
+    if name is not None:
+        world.propose(name, placement)
+
+
+def _check_calm(world: ElectionWorld, names: Sequence[str]) -> None:
+    """Liveness: from the end of all faults, a committed record within 3 s, known to all within 2 s more, for 30 s."""
+    recover(world, names)
+    world.loss, world.net = 0.0, msgspec.structs.replace(world.net, loss=0.0)
+    start = world.now
+    committed = world.run(
+        until=start + 3.0, stop=lambda: (n := world.leader()) is not None and world.core(n)._settled()
+    )
+    assert committed, f"no committed leader 3 s after the faults ended: {states(world)}"
+    spread = world.run(until=world.now + 2.0, stop=world.settled)
+    assert spread, f"the record did not reach everyone: {states(world)}"
+    leader, terms = world.leader(), world.checker.counts["elections"]
+    world.run(until=world.now + 30.0)
+    assert (world.leader(), world.checker.counts["elections"]) == (leader, terms), f"no calm: {states(world)}"
+    world.checker.check_kept()
+
+
+def states(world: ElectionWorld) -> list[str]:
+    return [f"{n} {c.role} t{c.term} {c.record} c{c.committed.id}" if (c := world.core(n)) else n for n in world.nodes]
