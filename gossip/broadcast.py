@@ -42,20 +42,21 @@ class BroadcastQueue(Generic[T]):
         if tier is not None:
             del self._tiers[tier][subject]
 
-    def take(self, room: int, times: int, most: int = 64) -> list[T]:
-        """Items that fit into ``room`` bytes, each counted as sent once; gone after ``times``."""
+    def take(self, room: int, times: int, most: int = 64, skip: NodeId | None = None, count: bool = True) -> list[T]:
+        """Items that fit into ``room`` bytes, but for that of ``skip``; with ``count`` each is now sent once more, and
+        gone after ``times``."""
         taken: list[tuple[NodeId, T, int]] = []
         for tier in self._tiers:
             for subject in reversed(tier):
                 item, size = tier[subject]
-                if size <= room:
+                if size <= room and subject != skip:
                     taken.append((subject, item, size))
                     room -= size
                 if room < 16 or len(taken) >= most:
                     break
             if room < 16 or len(taken) >= most:
                 break
-        for subject, item, size in reversed(taken):
+        for subject, item, size in reversed(taken) if count else ():
             self._advance(subject, (item, size), times)
         return [item for _, item, _ in taken]
 

@@ -130,7 +130,8 @@ class Roster:
         state = self._next_state(held, update, synced)
         if state is None or not self._proved(record, held, sender):
             return False
-        by = update.by if update.by or state in (State.ALIVE, State.LEFT) else (sender,)
+        accuses = update.state in (State.SUSPECT, State.DEAD)
+        by = (update.by or (sender,)) if accuses else ()
         if held is None:
             return self._meet(update, state, by, now, age_s)
         old = held.state

@@ -308,10 +308,11 @@ class Swim:
             return message
         first = [member.update()] if member is not None and accused and not message.updates else []
         room = self.config.datagram_bytes - DATAGRAM_CODEC.size(message) - sum(map(DATAGRAM_CODEC.size, first))
-        times = self.config.retransmissions(self.n)
-        updates = self.roster.news.take(room, times, most=48)
+        # what goes to a member that may well be dead is not counted: it would use up the times that the living need
+        times, count = self.config.retransmissions(self.n), not accused
+        updates = self.roster.news.take(room, times, most=48, skip=to, count=count)
         room -= sum(map(DATAGRAM_CODEC.size, updates))
-        versions = self.exchange.news.take(room, times, most=48)
+        versions = self.exchange.news.take(room, times, most=48, skip=to, count=count)
         return msgspec.structs.replace(
             message,
             updates=(*message.updates, *first, *updates),

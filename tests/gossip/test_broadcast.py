@@ -35,6 +35,15 @@ def test_newer_news_of_a_subject_replaces_older_and_starts_again() -> None:
     assert [news.take(100, 3) for _ in range(4)] == [["new" * 10]] * 3 + [[]]
 
 
+def test_a_look_is_not_counted_and_one_subject_can_be_skipped() -> None:
+    news = queue()
+    news.add("a", "a" * 30)
+    news.add("b", "b" * 30)
+    assert news.take(100, 1, skip="b", count=False) == ["a" * 30]
+    assert news.take(100, 1) == ["b" * 30, "a" * 30]
+    assert not news
+
+
 def test_what_does_not_fit_lets_smaller_news_pass() -> None:
     news = queue()
     news.add("small", "s" * 20)

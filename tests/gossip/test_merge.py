@@ -138,6 +138,18 @@ def test_suspect_node_double_suspect() -> None:
     assert info.confirmations <= 2  # b and, if it has probed it, oneself
 
 
+def test_who_says_alive_does_not_accuse() -> None:
+    """A suspect that somebody else still holds alive has one accuser, not two (found by simulation)."""
+    lab = Lab("b", "c", "d")
+    lab.core.prober.stop()
+    lab.told(suspect("c", by=("b",)))
+    lab.told(alive("c"), "d")
+    synced(lab, alive("c"), sender="d")
+    info = lab.core.member(NodeId("c"))
+    assert info is not None
+    assert (info.state, info.confirmations) == ("suspect", 1)
+
+
 def test_suspect_node_old_suspect() -> None:
     lab = Lab("b")
     lab.told(alive("c", 10))
@@ -314,6 +326,16 @@ def test_declaring_a_member_as_down_notifies_it() -> None:
         to == "c" and message.updates[0].record.node == "c" and message.updates[0].state is State.DEAD
         for to, message in sends(lab.effects, "Gossip")
     )
+
+
+def test_what_is_told_to_suspects_is_not_counted_as_spread() -> None:
+    """In a mesh of three all copies could go to the one that is dead, and the third would never confirm (found by
+    simulation)."""
+    lab = Lab("b", "c")
+    lab.core.prober.stop()
+    lab.told(suspect("c", by=("b",)))
+    gossip = sends(lab.run(2.0), "Gossip")
+    assert sum(to == "b" and message.updates != () for to, message in gossip) == 3
 
 
 def test_gossip_to_dead_ends_after_a_while() -> None:

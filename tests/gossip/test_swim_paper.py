@@ -43,7 +43,7 @@ def test_swim_4_1_updates_are_piggybacked_on_pings_and_acks() -> None:
         for _, message in sends(lab.hears(Ping(1), "b") + lab.run(1.0))
         if "e" in [update.record.node for update in getattr(message, "updates", ())]
     }
-    assert carriers == {"Ack", "Ping", "Gossip"}
+    assert carriers >= {"Ack", "Ping", "Gossip"}
 
 
 def test_swim_4_1_each_update_is_sent_lambda_log_n_times() -> None:
