@@ -367,6 +367,8 @@ class Election:
             message.term > self.term and self._at_least(message.record, self.record.id) and not self._hears_leader(now)
         )
         self._post.reply(sender, m.PreVoted(*self._head(), campaign=message.term, granted=granted))
+        if self._newer(self.committed.id, message.record):
+            self._send(sender, self._announce())  # it was away, or cannot hear the leader: it need not stay behind
 
     def _on_ask_vote(self, message: m.AskVote, sender: NodeId, now: float) -> None:
         self._see_term(message.term, now)

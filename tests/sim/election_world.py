@@ -1,6 +1,7 @@
 """The production election core in ``tests.sim.world``: timed weather, an oracle for gossip, checkers after each step.
 
-Gossip is played by an oracle: a member that cannot be reached is suspected after 1 s and dead after 3 s.  Everything
+Gossip is played by an oracle: a member that cannot be reached, even through others, is suspected after 1 s and dead
+after 3 s.  Everything
 else (clock, network, disk, crashes) is the simulator's.
 """
 
@@ -87,6 +88,16 @@ class ElectionWorld(World):
     # -- the oracle
 
     def reaches(self, a: str, b: str) -> bool:
+        """Whether ``b`` can be probed from ``a``, perhaps through others."""
+        known, front = {a}, [a]
+        while front and b not in known:
+            near = front.pop()
+            fresh = [n for n in self.nodes if n not in known and self._linked(near, n)]
+            known.update(fresh)
+            front += fresh
+        return b in known
+
+    def _linked(self, a: str, b: str) -> bool:
         node = self.nodes[b]
         return node.up and not node.paused and not self.blocked(a, b) and not self.blocked(b, a)
 
