@@ -1,4 +1,4 @@
-"""One packed forward's attention: where rows are written, and which keys each row reads.  Built once, used by all layers.
+"""One packed forward: where its rows are written, and which keys each row reads.  Built once, used by all layers.
 
 Rows of single tokens come first, sorted by key length and slot: neighbours in the cache with equal (padded) key
 lengths are one batched product.  The other rows are cut into tiles of at most ``PAGE`` queries of one sequence.
@@ -90,7 +90,8 @@ class Batch:
         self.positions = torch.tensor(positions, device=device)
         self._device = device
         self._masks: dict[tuple[int, int], Mask] = {}
-        self._rules: list[MaskRule] = []
+        self._rules: list[MaskRule | None] = []
+        self._buffers: dict[tuple[int, tuple[int, ...]], torch.Tensor] = {}
         self._columns: dict[int, torch.Tensor] = {}
         self._singles = [r for r in rows if r.n == 1]
         self._runs = list(self._make_runs())
@@ -169,16 +170,18 @@ class Batch:
         self._write(layer, key, value)
         heads, total = query.shape[1], query.shape[2]
         product = _plain if softcap is None and sinks is None else _special
-        rows = query[0].transpose(0, 1)
+        options = (scale, softcap, sinks)
         # Rows that only fill up the batch stay zero: NaN would confuse a router.
         make = query.new_empty if total == self.count else query.new_zeros
         out = make(total, heads, value.shape[-1])
-        for number, run in enumerate(self._runs):
-            mask = self._mask(rule, number, lambda run=run: self._run_mask(run), query.dtype)
-            self._attend_run(run, layer, rows, out, mask, product, (scale, softcap, sinks))
+        if self._runs:
+            rows = query[0].transpose(0, 1)
+            for number, run in enumerate(self._runs):
+                mask = self._run_mask(rule, number, run, query)
+                self._attend_run(run, layer, rows, out, mask, product, options)
         for number, tile in enumerate(self._tiles, len(self._runs)):
-            mask = self._mask(rule, number, lambda tile=tile: self._tile_mask(tile), query.dtype)
-            self._attend_tile(tile, layer, query, out, mask, product, (scale, softcap, sinks))
+            mask = self._tile_mask(rule, number, tile, query)
+            self._attend_tile(tile, layer, query, out, mask, product, options)
         return out[None]
 
     def _write(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
@@ -187,9 +190,13 @@ class Batch:
             for target, source in zip(write.extent.layer(layer, key, value), (key, value), strict=True):
                 for slot, low, high in write.clear:
                     target[slot, low:high] = 0
-                flat = target.view(-1, target.shape[2] * target.shape[3])
-                rows = source[0, :, : self.count].transpose(0, 1).reshape(self.count, -1)
-                flat.index_copy_(0, write.index, rows if write.rows is None else rows[write.rows])
+                heads, size = target.shape[2:]
+                rows = source.transpose(1, 2).reshape(-1, heads * size)
+                if write.rows is not None:
+                    rows = rows[write.rows]
+                elif rows.shape[0] != self.count:
+                    rows = rows[: self.count]
+                target.view(-1, heads * size).index_copy_(0, write.index, rows)
 
     def _attend_run(
         self,
@@ -201,20 +208,31 @@ class Batch:
         product: Callable[..., torch.Tensor],
         options: tuple[Any, ...],
     ) -> None:
-        keys, values = (t[run.low : run.high, : run.keys].transpose(1, 2) for t in run.extent.tensors(layer))
-        slots, key_heads = keys.shape[:2]
-        heads, size = rows.shape[1:]
+        keys, values = run.extent.tensors(layer)
+        keys = keys[run.low : run.high, : run.keys].transpose(1, 2)
+        values = values[run.low : run.high, : run.keys].transpose(1, 2)
+        slots, key_heads, _, size = keys.shape
+        heads = rows.shape[1]
         group = heads // key_heads
-        fours = -(-group // 4) * 4
         query = rows[run.first : run.last].reshape(-1, key_heads, group, size)
-        if run.where is not None or fours != group:
-            wide = query.new_zeros(slots, key_heads, fours, size)
-            target = slice(None) if run.where is None else run.where
-            wide[target, :, :group] = query
+        if run.where is not None or group % 4:
+            wide = self._wide(run, key_heads, group, query)
+            if run.where is None:
+                wide[:, :, :group] = query
+            else:
+                wide[run.where, :, :group] = query
             query = wide
-        found = product(query, keys, values, mask.expand(-1, -1, fours, -1), *options)[:, :, :group]
-        found = found.reshape(slots, heads, -1)
+        found = product(query, keys, values, mask, *options)
+        found = (found if group % 4 == 0 else found[:, :, :group]).reshape(slots, heads, -1)
         out[run.first : run.last] = found if run.where is None else found[run.where]
+
+    def _wide(self, run: Run, key_heads: int, group: int, like: torch.Tensor) -> torch.Tensor:
+        """Queries of a run in whole fours, a row a slot; what no query is written to stays zero through all layers."""
+        shape = (run.high - run.low, key_heads, -(-group // 4) * 4, like.shape[-1])
+        found = self._buffers.get((run.first, shape))
+        if found is None:
+            found = self._buffers[run.first, shape] = like.new_zeros(shape)
+        return found
 
     def _attend_tile(
         self,
@@ -235,37 +253,41 @@ class Batch:
 
     # -- masks: additive, made once for each rule and piece ------------------------------------------------------------
 
-    def _mask(self, rule: MaskRule | None, piece: int, make: Callable[[], Any], dtype: torch.dtype) -> Mask:
+    def _run_mask(self, rule: MaskRule | None, piece: int, run: Run, query: torch.Tensor) -> Mask:
+        """[slots, 1, 1, keys]: the same for all heads of a slot."""
         found = self._masks.get((id(rule), piece))
         if found is None:
-            queries, keys, shape = make()
-            columns = self._columns.get(keys)
-            if columns is None:
-                columns = self._columns[keys] = torch.arange(keys, device=self._device)
-            visible = columns <= queries if rule is None else rule.visible(0, 0, queries, columns)
-            found = torch.zeros(shape, dtype=dtype, device=self._device)
-            found.masked_fill_(
-                ~torch.as_tensor(visible).broadcast_to(queries.shape[0], keys).view(shape), float("-inf")
-            )
+            found = self._make_mask(rule, run.positions[:, None], run.keys, query)[:, None, None]
             self._masks[id(rule), piece] = found
-            if rule is not None:
-                self._rules.append(rule)  # keeps its id from being given away
         return found
 
-    @staticmethod
-    def _run_mask(run: Run) -> tuple[torch.Tensor, int, tuple[int, ...]]:
-        return run.positions[:, None], run.keys, (len(run.positions), 1, 1, run.keys)
+    def _tile_mask(self, rule: MaskRule | None, piece: int, tile: Tile, query: torch.Tensor) -> Mask:
+        """[1, 1, queries in whole fours, keys]."""
+        found = self._masks.get((id(rule), piece))
+        if found is None:
+            n = -(-(tile.last - tile.first) // 4) * 4
+            positions = torch.arange(tile.start, tile.start + n, device=self._device)
+            found = self._make_mask(rule, positions[:, None], tile.keys, query)[None, None]
+            self._masks[id(rule), piece] = found
+        return found
 
-    def _tile_mask(self, tile: Tile) -> tuple[torch.Tensor, int, tuple[int, ...]]:
-        n = -(-(tile.last - tile.first) // 4) * 4
-        queries = torch.arange(tile.start, tile.start + n, device=self._device)
-        return queries[:, None], tile.keys, (1, 1, n, tile.keys)
+    def _make_mask(self, rule: MaskRule | None, positions: torch.Tensor, keys: int, query: torch.Tensor) -> Mask:
+        """0 where a query at ``positions`` [n, 1] sees a key, -inf elsewhere: [n, keys]."""
+        columns = self._columns.get(keys)
+        if columns is None:
+            columns = self._columns[keys] = torch.arange(keys, device=self._device)
+        visible = columns <= positions if rule is None else rule.visible(0, 0, positions, columns)
+        self._rules.append(rule)  # keeps its id from being given away
+        hidden = ~torch.as_tensor(visible).broadcast_to(positions.shape[0], keys)
+        return torch.zeros_like(hidden, dtype=query.dtype).masked_fill_(hidden, float("-inf"))
 
 
 def _plain(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: Mask, scale: float, *_: Any
 ) -> torch.Tensor:
     shared = query.shape[1] != keys.shape[1]
+    if query.shape[2] != mask.shape[2]:
+        mask = mask.expand(-1, -1, query.shape[2], -1)
     return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scale, enable_gqa=shared)
 
 

@@ -8,6 +8,7 @@ Memory that was reserved and not written yet is not resident, so a generous ``ma
 from __future__ import annotations
 
 import heapq
+import itertools
 
 from mesh.errors import CapacityError
 
@@ -87,4 +88,4 @@ class Slots:
 def runs_of(slots: list[int], gap: int = 2) -> list[tuple[int, int]]:
     """Cut sorted ``slots`` into index ranges whose neighbours lie at most ``gap`` apart: each is read as one view."""
     cuts = [0, *(i for i in range(1, len(slots)) if slots[i] - slots[i - 1] > gap), len(slots)]
-    return list(zip(cuts[:-1], cuts[1:], strict=True))
+    return list(itertools.pairwise(cuts))

@@ -23,8 +23,8 @@ class Speed(msgspec.Struct, frozen=True):
 def serving_dtype(requested: str = "auto", device: str = "cpu") -> str:
     """The number format to serve in: ``float32``, ``bfloat16`` or ``float16``.
 
-    ``auto`` is bfloat16 on a GPU and on a CPU that multiplies it (avx512_bf16, amx); on other CPUs bfloat16 products are
-    emulated at a tenth of the speed, so weights are held in float32 there (docs/decisions/0011).
+    ``auto`` is bfloat16 on a GPU and on a CPU that multiplies it (avx512_bf16, amx); on other CPUs bfloat16 products
+    are emulated at a fraction of the speed, so weights are held in float32 there (docs/decisions/0011).
     """
     if requested != "auto":
         return requested

@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from mesh.types import SamplingParams
-from node.engine.sequence import Sampled, Sequence as Open, TokenScore
+from node.engine.sequence import Sampled, TokenScore
+from node.engine.sequence import Sequence as Open
 
 FIRST = 256
 """Tokens of a row that are put in order at first."""
@@ -124,7 +125,7 @@ def _pick(scores: torch.Tensor, rows: Sequence[Row]) -> list[int]:
     top, order = scores.topk(min(FIRST, scores.shape[1]), -1)
     tokens, open_rows = _from_ordered(top, order, total, rows, whole=top.shape[1] == scores.shape[1])
     for i in open_rows:
-        ranked, order = scores[i : i + 1].sort(-1, descending=True, stable=True)
+        ranked, order = torch.sort(scores[i : i + 1], dim=-1, descending=True, stable=True)
         tokens[i] = _from_ordered(ranked, order, total[i : i + 1], [rows[i]], whole=True)[0][0]
     return tokens
 

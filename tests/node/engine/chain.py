@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -24,7 +25,7 @@ class Chain:
     """Engine i serves layers [cuts[i], cuts[i + 1])."""
 
     def __init__(self, cuts: Sequence[int], engines: Sequence[Engine] | None = None, **config: object) -> None:
-        self.spans = list(zip(cuts[:-1], cuts[1:], strict=True))
+        self.spans = list(itertools.pairwise(cuts))
         self.engines = list(engines or [Engine(EngineConfig(**config)) for _ in self.spans])  # type: ignore[arg-type]
         self.drawn: dict[str, list[int]] = {}
         self.results: dict[str, list[Result]] = {}
