@@ -102,6 +102,7 @@ class Engine:
                 raise ConfigError(f"{model.id}: layers {span.start}-{span.end} need another mode than those held")
             mode, same, shard = prepared.mode, same and prepared.exact, prepared.shard
             known |= prepared.layer_bytes
+            self.hardware = prepared.hardware
         assert shard is not None
         await self._on_thread(runner.install, model.id, shard, mode, wanted)
         layer_bytes = tuple(known[i] for i in range(span.start, span.end))

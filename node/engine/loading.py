@@ -23,6 +23,8 @@ class Prepared(msgspec.Struct, frozen=True):
     layer_bytes: dict[int, int]
     """Layer -> bytes of one position's keys and values."""
     exact: bool
+    hardware: str
+    """Nodes of one hardware class give the same bits."""
 
 
 def prepare(folder: Path, part: Part, dtype: str, exactness: str, threads: int) -> Prepared:
@@ -43,7 +45,7 @@ def prepare(folder: Path, part: Part, dtype: str, exactness: str, threads: int) 
     same = mode == "packed" and exactness != "off" and all(exact.make_exact(shard, a, b, threads) for a, b in runs)
     if exactness == "on" and not same:
         raise ConfigError(f"{config.model_type}: not exact on this machine, and --exact on asks for it")
-    return Prepared(shard, mode, layer_bytes, same)
+    return Prepared(shard, mode, layer_bytes, same, exact.hardware_class("cpu", served))
 
 
 def _numbered(start: int, end: int, served: Any) -> list[tuple[int, int]]:

@@ -248,6 +248,8 @@ async def test_growing_and_shrinking_a_span_reads_only_what_is_missing(
     before = [layers[i].layer for i in (1, 2)]
     loaded = await engine.load(info(), tiny("qwen3"), LayerSpan(MODEL, 0, 4))
     assert loaded.exact
+    assert engine.exact
+    assert engine.hardware.startswith("cpu/")
     assert [layers[i].layer for i in (1, 2)] == before
     assert await chain.generate(prompts) == expected("qwen3")
     await engine.load(info(), tiny("qwen3"), LayerSpan(MODEL, 0, 2))
