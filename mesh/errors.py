@@ -5,6 +5,7 @@ MeshError                the root; never raised itself
 ├ PeerUnreachable        the other side did not answer: whether it acted is not certain
 ├ CapacityError          full, and certainly nothing was started: 429 with Retry-After
 ├ NoRoute                no live nodes cover some layers: 503 with Retry-After, names the layers
+├ WeightsError (node.weights)  weights could not be brought or kept: 503, says how much and why
 ├ StalePlacement         work carried an older placement id than this node has active: re-route, certain
 ├ SessionLost            a running session could not be recovered: error event, says how far it got
 ├ RequestError           the caller's fault: 400 (or its own status) with an OpenAI error body

@@ -43,6 +43,8 @@ class RouteRequest(msgspec.Struct, frozen=True, kw_only=True):
     """Only these (ids or names); ``None``: all."""
     exclude: tuple[NodeId, ...] = ()
     """Never these."""
+    max_layers: int = 0
+    """At most so many layers in one hop, to split finer than is needed; 0: as the costs say."""
     keep: tuple[Hop, ...] = ()
     """Hops that stay exactly as they are; only the layers between them are routed."""
     seed: int = 0
@@ -84,7 +86,8 @@ def find_route(view: MeshView, request: RouteRequest) -> Route:
         raise NoRoute(_no_route(model, wanted))
     cost = _cost(view, request, model, holders)
     for _ in wanted:
-        hops, failed = _fill_gaps(holders, cost, wanted, frozenset(hop.node for hop in request.keep))
+        used = frozenset(hop.node for hop in request.keep)
+        hops, failed = _fill_gaps(holders, cost, wanted, used, request.max_layers)
         if failed is None:
             return Route(model.id, _in_order([*request.keep, *hops]))
         wanted = (failed, *(gap for gap in wanted if gap != failed))  # give it the first choice of nodes
@@ -92,12 +95,16 @@ def find_route(view: MeshView, request: RouteRequest) -> Route:
 
 
 def _fill_gaps(
-    holders: list[Holder], cost: HopCost, wanted: tuple[tuple[int, int], ...], used: frozenset[NodeId]
+    holders: list[Holder],
+    cost: HopCost,
+    wanted: tuple[tuple[int, int], ...],
+    used: frozenset[NodeId],
+    max_layers: int,
 ) -> tuple[list[Hop], tuple[int, int] | None]:
     """Hops for all gaps, each node used once; or the gap for which no node was left."""
     hops: list[Hop] = []
     for start, end in wanted:
-        path = _shortest(holders, cost, start, end, used)
+        path = _shortest(holders, cost, start, end, used, max_layers or end)
         if path is None:
             return hops, (start, end)
         hops += path
@@ -143,10 +150,14 @@ def _in_order(hops: tuple[Hop, ...] | list[Hop]) -> tuple[Hop, ...]:
     return tuple(sorted(hops, key=lambda hop: hop.start))
 
 
-def _shortest(holders: list[Holder], cost: HopCost, start: int, end: int, used: frozenset[NodeId]) -> list[Hop] | None:
+def _shortest(
+    holders: list[Holder], cost: HopCost, start: int, end: int, used: frozenset[NodeId], max_layers: int
+) -> list[Hop] | None:
     """The cheapest chain of hops over [start, end), each on a node of its own that is not in ``used``."""
     starts = sorted({span.start for _, span in holders if start < span.start < end})
     cuts = sorted({start, *starts, *(span.end for _, span in holders if start < span.end < end)})
+    if max_layers < end - start:
+        cuts = list(range(start, end))  # a limited hop may end anywhere
     paths: dict[int, list[_Path]] = {start: [_Path(0.0, 0, None, None)]}
     for cut in cuts:
         here = [holder for holder in holders if holder[1].start <= cut < holder[1].end and holder[0].id not in used]
@@ -154,7 +165,7 @@ def _shortest(holders: list[Holder], cost: HopCost, start: int, end: int, used: 
             for member, span in here:
                 if member.id in taken:
                     continue
-                furthest = min(span.end, end)
+                furthest = min(span.end, end, cut + max_layers)
                 for to in (*(s for s in starts if cut < s < furthest), furthest):
                     dearer = path.cost + cost(member, span, cut, to)
                     paths.setdefault(to, []).append(_Path(dearer, path.n_hops + 1, path, Hop(member.id, cut, to)))

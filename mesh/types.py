@@ -104,6 +104,8 @@ class NodeProfile(msgspec.Struct, frozen=True):
     spans: tuple[LayerSpan, ...] = ()
     """Spans loaded and ready to serve."""
     loading: tuple[LayerSpan, ...] = ()
+    fetched: int = 0
+    """Of the span being loaded: per cent of its weights that are on the disk."""
     refused: tuple[str, ...] = ()
     """Spans that could not be loaded, as ``model[start:end]: why``."""
     seal_key: bytes = b""

@@ -105,7 +105,8 @@ class Coordinator:
         view, content = self._view(), self._keeper.content
         models = models_of(content)
         previous = decode_placement(content.placement)
-        wanted = place(models, view.capacities(), previous)
+        # A second of computing with several models on a hundred nodes: not on the loop.
+        wanted = await asyncio.to_thread(place, models, view.capacities(), previous)
         if wanted == previous or any(member.state == "suspect" for member in view.members):
             return
         raw = msgspec.msgpack.encode(wanted)

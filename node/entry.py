@@ -176,14 +176,14 @@ class Entry:
         self.on_event, self.on_recovered = on_event, on_recovered
         self._balance, self._rng = balance, rng
         self._sessions: dict[m.SessionId, LiveGeneration] = {}
+        self._routed = 0
+        """Routes asked for so far: the turn of ``round_robin``."""
 
     # -- the API's side ------------------------------------------------------------------------------------------------
 
     async def open(self, request: GenerationRequest) -> LiveGeneration:
         """Open the session at every hop.  CapacityError, NoRoute: certainly nothing was started."""
-        session = core.Session(
-            request.session, self.me, _journal(request, self._allowed(request)), self._rng, self.clock()
-        )
+        session = core.Session(request.session, self.me, _journal(request), self._rng, self.clock())
         generation = self._sessions[request.session] = LiveGeneration(self, request, session)
         try:
             generation.step(session.start(self.clock()))
@@ -233,27 +233,28 @@ class Entry:
     # -- routes --------------------------------------------------------------------------------------------------------
 
     def find_route(self, request: GenerationRequest, ask: core.NeedRoute) -> Route:
-        view = self.view()
+        self._routed += 1
         outstanding = Counter(hop.node for g in self.sessions() if g.session.route for hop in g.session.route.hops)
         return find_route(
-            view,
+            self.view(),
             RouteRequest(
                 model=request.model,
                 positions=len(request.prompt) + request.sampling.max_tokens,
                 balance=request.balance or self._balance,
-                allowed_nodes=self._allowed(request) or None,
+                allowed_nodes=request.allowed_nodes or None,
+                max_layers=request.max_layers,
                 exclude=ask.exclude,
                 keep=ask.keep,
-                seed=self._rng.getrandbits(32),
+                seed=self._routed,
+                hardware=self._hardware(ask.keep),
                 outstanding=dict(outstanding),
             ),
         )
 
-    def _allowed(self, request: GenerationRequest) -> tuple[NodeId, ...]:
-        """Names or ids to ids; a name that nobody bears allows nobody, and the route's error says so."""
-        view = self.view()
-        ids = {member.profile.name: member.id for member in view.members}
-        return tuple(ids.get(name, NodeId(name)) for name in request.allowed_nodes)
+    def _hardware(self, keep: tuple[Hop, ...]) -> str:
+        """A substitute of the surviving hops' hardware class replays to the same bits."""
+        members = [self.view().member(hop.node) for hop in keep]
+        return next((x.profile.hardware for x in members if x and x.profile.exact), "")
 
     def name_route(self, route: Route) -> str:
         return ",".join(f"{self._name(hop)}:{hop.start}-{hop.end}" for hop in route.hops)
@@ -269,7 +270,7 @@ class Entry:
         return "bitwise" if len(classes) == 1 and all(x and x.profile.exact for x in members) else "tokens"
 
 
-def _journal(request: GenerationRequest, allowed: tuple[NodeId, ...]) -> m.SessionRequest:
+def _journal(request: GenerationRequest) -> m.SessionRequest:
     return m.SessionRequest(
         model=request.model,
         prompt=request.prompt,
@@ -278,7 +279,7 @@ def _journal(request: GenerationRequest, allowed: tuple[NodeId, ...]) -> m.Sessi
         timeout_s=request.timeout_s,
         max_retries=request.max_retries,
         balance=request.balance,
-        allowed_nodes=allowed,
+        allowed_nodes=request.allowed_nodes,
         prompt_logprobs=request.prompt_logprobs >= 0,
         form=msgspec.msgpack.encode(request),
     )

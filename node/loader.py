@@ -39,7 +39,8 @@ class Loader:
         self._retry_at: dict[LayerSpan, float] = {}
         self.loaded: dict[ModelId, LayerSpan] = {}
         self.loading: LayerSpan | None = None
-        self.progress = (0, 0)
+        self.fetched = 0
+        """Per cent of the span being loaded, in steps of five: each is news to all members."""
         self.refused: dict[LayerSpan, str] = {}
 
     @property
@@ -81,7 +82,7 @@ class Loader:
         """Fetch and load ``span``, for the sake of ``wish``; the engine keeps the layers that it has already."""
         model = view.model(span.model)
         assert model is not None, span
-        self.loading, self.progress = span, (0, 0)
+        self.loading, self.fetched = span, 0
         self._changed()
         try:
             folder = await self._weights.bring(model, span, view.sources(model.manifest), self._on_progress)
@@ -105,8 +106,11 @@ class Loader:
         self._changed()
 
     def _on_progress(self, done: int, total: int) -> None:
-        self.progress = (done, total)
-        self._changed()
+        percent = 5 * (20 * done // total) if total else 100
+        if percent != self.fetched:
+            self.fetched = percent
+            self._log.info("fetching", layers=str(self.loading), percent=percent, mib=total >> 20)
+            self._changed()
 
     def _refuse(self, span: LayerSpan, error: Exception) -> None:
         """A model that cannot be served here for good is said so; anything else is tried again."""

@@ -95,6 +95,7 @@ class Machine:
             models=models,
             spans=loader.spans,
             loading=(loader.loading,) if loader.loading else (),
+            fetched=loader.fetched,
             refused=tuple(f"{s.model}[{s.start}:{s.end}]: {why}" for s, why in loader.refused.items()),
             seal_key=seal_key,
             draining=draining,

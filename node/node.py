@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import random
 import signal
 import socket
 import sys
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -52,6 +53,7 @@ from node.machine import Machine, measure
 from node.mail import Mail
 from node.net.address import bind_pair, format_address, parse_address
 from node.net.inbound import Received
+from node.net.renewal import keep_renewed
 from node.outlook import Outlook
 from node.peers import PeerEvents, Peers
 from node.record import AddModel, RecordKeeper
@@ -113,7 +115,7 @@ class Node:
     def __init__(self, config: NodeConfig, folder: DataFolder, booted: Boot, address: str, machine: Machine) -> None:
         self.config, self.folder, self.address, self.machine = config, folder, address, machine
         self.me, self.admin_key = booted.identity.node_id, folder.admin_key()
-        self.draining = self.settled = False
+        self.draining = self.settled = self._hurried = False
         self._booted = booted
         self._log = get_logger("node")
         self._stop, self._released, self._departed = asyncio.Event(), asyncio.Event(), asyncio.Event()
@@ -127,11 +129,12 @@ class Node:
 
     def _build(self, booted: Boot) -> None:
         self.folder.save_membership(booted.membership)
+        self.tls = PeerTls(self.folder.membership_path, booted.membership)
         self._ring = KeyRing(booted.membership.mesh_id, booted.durable.committed.content.gossip_keys)
         local = self._is_local()
         self.peers = Peers(
             identity=booted.identity,
-            tls=PeerTls(self.folder.membership_path, booted.membership),
+            tls=self.tls,
             ring=self._ring,
             folder=self.folder,
             durable=booted.durable,
@@ -218,6 +221,7 @@ class Node:
             self._publish(),
             self._lag.run(),
             self._remember(),
+            self._renew(),
             self._come_in(),
             *([self.loader.run(), self._watch_engine()] if self.machine.holds_layers else []),
         ]
@@ -229,7 +233,7 @@ class Node:
         await self.peers.gossip.call(lambda core, now: core.join(seeds, now))
         for wish in self.config.model:
             await self.offer(wish.source, wish.name)
-        await self._until_known()
+        await self._until(self._known, math.inf)
         self._log.info("joined", mesh=self.peers.core.durable.mesh_id[:8], name=self.config.name, peer=self.address)
         if self._booted.founded:
             made = await self.service.token_create(86_400.0, None)
@@ -238,10 +242,9 @@ class Node:
 
         self.settled = True
 
-    async def _until_known(self) -> None:
-        """Until a coordinator is known and what this node offers is in the record: before that nothing is ready."""
-        while not self.peers.core.leader or any(not self.keeper.serves(info) for info in self._offered.values()):
-            await asyncio.sleep(0.05)
+    def _known(self) -> bool:
+        """A coordinator is known, and what this node offers is in the record: before that nothing is ready."""
+        return bool(self.peers.core.leader) and all(self.keeper.serves(info) for info in self._offered.values())
 
     async def _watch_engine(self) -> None:
         """A bug on the device thread stops the node: the mesh carries on without it."""
@@ -253,9 +256,7 @@ class Node:
     def begin_leave(self) -> None:
         """Drain and leave; a second call leaves at once."""
         if self._stop.is_set():
-            self._released.set()
-            self._departed.set()
-            self.draining = False
+            self._hurried = True
         else:
             self.draining = True
             self._stop.set()
@@ -276,9 +277,10 @@ class Node:
         stays = any(m.state == "alive" and m.id != self.me and not m.profile.draining for m in self.view.members)
         return stays and not all(self.view.may_drop(span) for span in self.loader.spans)
 
-    async def _until(self, condition: Any, seconds: float) -> None:
+    async def _until(self, condition: Callable[[], bool], seconds: float) -> None:
+        """Until it holds, the time is over, or a second signal asks to leave at once."""
         end = time.monotonic() + seconds
-        while self.draining and not condition() and time.monotonic() < end:
+        while not (condition() or self._hurried) and time.monotonic() < end:
             await asyncio.sleep(0.05)
 
     async def _close(self, api: ApiServer) -> None:
@@ -401,6 +403,21 @@ class Node:
             if peers and peers != known:
                 known = peers
                 await asyncio.to_thread(remember_peers, self.folder, peers)
+
+    async def _renew(self) -> None:
+        """A new certificate at half of the old one's life."""
+
+        def doors() -> tuple[str, ...]:
+            return (self.address, *(x.address for x in self.peers.swim.members() if x.state == "alive"))
+
+        await keep_renewed(
+            self._booted.identity,
+            self.folder,
+            self.tls,
+            (parse_address(self.address)[0],),
+            doors,
+            lambda why: self._log.warning("certificate not renewed yet", why=why),
+        )
 
     def _seal_key_of(self, node: NodeId) -> SealKey | None:
         member = self.view.member(node)

@@ -185,13 +185,15 @@ class Peers:
         self._log.warning("rejected", sender=sender[:8], why=why)
 
     def _on_lost(self, node: NodeId) -> None:
+        """R8: an established link broke and could not be made again."""
         self.election.cast(lambda core, now: core.note_lost(node, now))
-        self.gossip.cast(lambda core, now: core.note_connection_lost(node, now))
-        self._events.on_lost(node)
+        self._on_unreachable(node, "the link broke")
 
     def _on_unreachable(self, node: NodeId, why: str) -> None:
+        """It cannot be dialled from here: no news for the election, but sessions must not wait for it."""
         self._log.debug("unreachable", node=node[:8], why=why)
-        self._on_lost(node)
+        self.gossip.cast(lambda core, now: core.note_connection_lost(node, now))
+        self._events.on_lost(node)
 
     # -- durable -------------------------------------------------------------------------------------------------------
 

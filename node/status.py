@@ -74,6 +74,7 @@ def _member(member: MemberView, address: str) -> dict[str, Any]:
         "rtt_ms": round(member.rtt_ms, 3),
         "spans": [_span(span) for span in profile.spans],
         "loading": [_span(span) for span in profile.loading],
+        "fetched": profile.fetched,
         "refused": list(profile.refused),
         "load": _load(profile),
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 
@@ -30,7 +31,11 @@ def print_status(document: dict[str, Any], *, clear: bool = False) -> None:
 def _members(document: dict[str, Any]) -> Table:
     table = Table("NODE", "STATE", "API", "PEERS", "LAYERS", "LOAD", box=None, pad_edge=False)
     for member in document["members"]:
-        spans = " ".join(f"{s['model']}[{s['start']}:{s['end']}]" for s in member["spans"])
+        spans = escape(" ".join(f"{s['model']}[{s['start']}:{s['end']}]" for s in member["spans"]))
+        for span in member["loading"]:
+            spans += f" [yellow]loading {span['start']}-{span['end'] - 1}: {member['fetched']} %[/]"
+        for why in member["refused"]:
+            spans += f" [red]{escape(why)}[/]"
         load = member["load"]
         busy = f"{load['running']} running, {load['tokens_per_s']:.0f} tokens/s"
         colour = {"alive": "green", "suspect": "yellow", "dead": "red"}.get(member["state"], "dim")

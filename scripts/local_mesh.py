@@ -18,6 +18,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from email.message import Message
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,20 @@ class LocalMesh:
 
         self.wait(settled, f"{len(running)} nodes to be ready", timeout)
 
+    def wait_holders(self, holders: int, timeout: float = 120.0) -> None:
+        """Every layer of every model is loaded at so many live nodes, as the first running node sees it."""
+
+        def held() -> bool:
+            status = next(node for node in self.nodes if node.running).get("/mesh/status")
+            alive = [member for member in status["members"] if member["state"] == "alive"]
+            return all(
+                sum(any(covers(span, model["id"], layer) for span in member["spans"]) for member in alive) >= holders
+                for model in status["placement"]["models"]
+                for layer in range(model["layers"])
+            )
+
+        self.wait(held, f"{holders} holders of every layer", timeout)
+
     @staticmethod
     def alive(node: LocalNode) -> int:
         with contextlib.suppress(OSError, ValueError):
@@ -194,6 +209,10 @@ class LocalMesh:
         return {"nodes": nodes, "token": self.token}
 
 
+def covers(span: dict[str, Any], model: str, layer: int) -> bool:
+    return bool(span["model"] == model and span["start"] <= layer < span["end"])
+
+
 def _ports(base: int, nodes: int) -> list[tuple[int, int]]:
     """(API, peer door) of each node: from ``base`` on, or whatever is free."""
     if base:
@@ -214,12 +233,19 @@ def _free_port(held: contextlib.ExitStack) -> int:
 
 
 def http_json(url: str, *, method: str = "GET", body: Any = None, key: str = "", timeout: float = 30.0) -> Any:
-    """One JSON request; an error answer raises ``urllib.error.HTTPError`` (an ``OSError``)."""
+    """The JSON answer to one request; an error answer raises ``urllib.error.HTTPError`` (an ``OSError``)."""
+    return http_request(url, method=method, body=body, key=key, timeout=timeout)[0]
+
+
+def http_request(
+    url: str, *, method: str = "GET", body: Any = None, key: str = "", timeout: float = 30.0
+) -> tuple[Any, Message]:
+    """As ``http_json``, with the answer's headers."""
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
     data = json.dumps(body).encode() if body is not None else (b"{}" if method == "POST" else None)
     request = urllib.request.Request(url, data=data, headers=headers, method=method)
     with urllib.request.urlopen(request, timeout=timeout) as answer:
-        return json.loads(answer.read() or b"null")
+        return json.loads(answer.read() or b"null"), answer.headers
 
 
 def chat(api: str, messages: list[dict[str, str]], timeout: float = 120.0, **params: Any) -> dict[str, Any]:

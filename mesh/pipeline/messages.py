@@ -39,7 +39,8 @@ class SessionRequest(msgspec.Struct, frozen=True, kw_only=True):
     max_retries: int = 8
     """Recoveries without progress before the session is given up."""
     balance: str = ""
-    allowed_nodes: tuple[NodeId, ...] = ()
+    allowed_nodes: tuple[str, ...] = ()
+    """Ids or names; empty: all."""
     prompt_logprobs: bool = False
     form: bytes = b""
     """What the API needs to go on with the answer (its form, stop strings, response id); opaque here."""

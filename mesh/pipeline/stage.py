@@ -44,7 +44,7 @@ class StageConfig(msgspec.Struct, frozen=True):
 
 
 class Reserve(msgspec.Struct, frozen=True):
-    """Reserve room in the engine, then call ``StageCore.reserved``."""
+    """Reserve room in the engine, then call ``StageCore.reserved`` or ``StageCore.refused``."""
 
     key: str
     model: str
@@ -237,17 +237,23 @@ class StageCore:
         self._next_sweep = now + self.config.sweep_s if self._sessions or self._held else None
         return effects
 
-    def reserved(self, key: str, refusal: m.Refused | None, now: float) -> list[Effect]:
-        """The driver's answer to ``Reserve``: ``refusal`` as the engine gave it, or ``None``."""
+    def reserved(self, key: str, now: float) -> list[Effect]:
+        """The driver's answer to ``Reserve``: there is room."""
         message = self._reserving.pop(key, None)
-        if message is None:
-            return [] if refusal else [Emit(Free(key))]
-        if refusal is not None:
-            return [Send(message.epoch[1], refusal)]
+        if message is None:  # released meanwhile
+            return [Emit(Free(key))]
         hop = _Hop(message, key, now)
         self._sessions[message.session] = hop
         self._keys[key] = message.session
         return self._opened(message.session, hop, now)
+
+    def refused(self, key: str, code: Literal["busy", "not_held"], why: str, retry_after_s: float) -> list[Effect]:
+        """The driver's other answer to ``Reserve``: there is none."""
+        message = self._reserving.pop(key, None)
+        if message is None:
+            return []
+        answer = m.Refused(message.session, message.epoch, message.hop, code, why, retry_after_s)
+        return [Send(message.epoch[1], answer)]
 
     def computed(self, results: Iterable[Computed], now: float) -> list[Effect]:
         """Take the engine's results, in its order."""

@@ -204,6 +204,7 @@ def _base_request(
         max_retries=extras.max_retries,
         balance=extras.balance,
         allowed_nodes=extras.allowed_nodes,
+        max_layers=extras.max_layers,
         caller=context.caller.id,
         trace=context.trace,
         idempotency_key=_idempotency_key(request),

@@ -41,6 +41,7 @@ class MeshExtras(msgspec.Struct, frozen=True):
     max_retries: int = 8
     balance: str = ""
     allowed_nodes: tuple[str, ...] = ()
+    max_layers: int = 0
 
 
 def sampling_of(
@@ -162,7 +163,10 @@ def mesh_extras(options: MeshOptions | None, headers_priority: Priority = "norma
         raise RequestError(
             "mesh.allowed_nodes: names of at most 1000 nodes", param="mesh.allowed_nodes", code="out_of_range"
         )
-    return MeshExtras(options.priority or headers_priority, timeout, retries, options.balance or "", nodes)
+    limit = options.max_layers or 0
+    if limit < 0:
+        raise RequestError("mesh.max_layers must be at least 1", param="mesh.max_layers", code="out_of_range")
+    return MeshExtras(options.priority or headers_priority, timeout, retries, options.balance or "", nodes, limit)
 
 
 def chat_logprobs(logprobs: bool | None, top_logprobs: int | None) -> int:

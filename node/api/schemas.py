@@ -55,6 +55,7 @@ class MeshOptions(msgspec.Struct, kw_only=True):
     max_retries: int | None = None
     balance: str | None = None
     allowed_nodes: list[str] | None = None
+    max_layers: int | None = None
 
 
 class GenerationBody(msgspec.Struct, kw_only=True):

@@ -49,6 +49,8 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     """Recoveries without progress before the session is given up."""
     balance: str = ""
     """Name of a balancing policy; empty: the node's own."""
+    max_layers: int = 0
+    """At most so many layers at one node; 0: as the costs say."""
     allowed_nodes: tuple[str, ...] = ()
     """Names or ids of the only nodes that may be on the route; empty: all."""
     prompt_logprobs: int = -1
