@@ -104,10 +104,22 @@ class Engine:
             known |= prepared.layer_bytes
             self.hardware = prepared.hardware
         assert shard is not None
+        self._narrow(model.id, span)
         await self._on_thread(runner.install, model.id, shard, mode, wanted)
         layer_bytes = tuple(known[i] for i in range(span.start, span.end))
         self._loaded[model.id] = Loaded(span, mode, same, layer_bytes)
         return self._loaded[model.id]
+
+    def _narrow(self, model: ModelId, span: LayerSpan) -> None:
+        """While the thread changes over, only what is held before and after may be opened."""
+        before = self._loaded.pop(model, None)
+        if before is None:
+            return
+        start, end = max(span.start, before.span.start), min(span.end, before.span.end)
+        if start < end:
+            skip = start - before.span.start
+            kept = before.layer_bytes[skip : skip + end - start]
+            self._loaded[model] = msgspec.structs.replace(before, span=LayerSpan(model, start, end), layer_bytes=kept)
 
     async def _prepare(self, folder: Path, part: object, dtype: str) -> Prepared:
         from node.engine.loading import prepare

@@ -20,6 +20,8 @@ from node.engine.shard import Shard
 
 LENGTHS = (134, 37, 9, 6)
 """Positions of the test's sequences: past a page, past a tile's four, and a few."""
+RULES = (1, 4)
+"""Forwards are filled up to a multiple of these many rows; the cheapest first."""
 Step = Sequence[tuple[int, int]]
 """(sequence, rows) pairs that go together."""
 Outputs = list[list[torch.Tensor]]
@@ -28,10 +30,10 @@ Outputs = list[list[torch.Tensor]]
 def make_exact(shard: Shard, start: int, end: int, threads: int) -> bool:
     """Find the rule under which [start, end) is exact and set it in ``shard``; ``False``: there is none.
 
-    Rules are tried from the cheapest: rows as they come, then forwards filled up to fours.
+    Rows as they come are enough where all products are packed; others need whole fours.
     """
     before = shard.multiple
-    for multiple in (1, 4):
+    for multiple in RULES:
         shard.multiple = multiple
         if all(_layer_is_exact(shard, layer, threads) for layer in _one_of_each_kind(shard, start, end)):
             return True

@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from mesh.types import SamplingParams
-from tests.node.engine.chain import Chain
+from mesh.errors import ConfigError
+from mesh.types import LayerSpan, SamplingParams
+from node.engine import exact
+from node.engine.engine import Engine, EngineConfig
+from tests.node.engine.chain import MODEL, Chain, info
 
 KINDS = ("llama", "qwen3", "mixtral", "gemma2", "gpt_oss")
-TOKENS = 10
+TOKENS = 7
 PARAMS = SamplingParams(temperature=0.0, max_tokens=TOKENS, logprobs=3)
 """Log-probabilities as floats stand for the logits' bits."""
 WIDE = {"hidden_size": 448, "intermediate_size": 512, "head_dim": 64, "num_attention_heads": 7}
@@ -20,37 +23,58 @@ WIDE = {"hidden_size": 448, "intermediate_size": 512, "head_dim": 64, "num_atten
 Trace = list[tuple[int, float, tuple[tuple[int, float], ...]]]
 
 
-async def _run(
-    folder: Path, prompts: Sequence[Sequence[int]], cuts: Sequence[int], **config: object
-) -> tuple[list[Trace], list[bytes]]:
-    """Every sequence's (token, its bits, the best others' bits), and what crossed the first boundary."""
+async def _loaded(folder: Path, cuts: Sequence[int], **config: object) -> Chain:
     chain = Chain(cuts, **config)
     await chain.load(folder)
     assert all(loaded.exact for engine in chain.engines for loaded in engine.loaded)
+    return chain
+
+
+async def _run(chain: Chain, prompts: Sequence[Sequence[int]]) -> list[Trace]:
+    """Every sequence's (token, its bits, the best others' bits)."""
     await chain.generate(prompts, TOKENS, PARAMS)
-    keys = [f"s{i}" for i in range(len(prompts))]
-    traces = [
-        [(r.sampled.token, r.sampled.logprob, r.sampled.top) for r in chain.results[key] if r.sampled] for key in keys
-    ]
-    passed = [b"".join(chain.passed[key]) for key in keys]
-    await chain.stop()
-    return traces, passed
+    sampled = [[r.sampled for r in chain.results[f"s{i}"] if r.sampled] for i in range(len(prompts))]
+    return [[(s.token, s.logprob, s.top) for s in row] for row in sampled]
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "wide"])
-async def test_bits_do_not_depend_on_batch_chunks_stages_or_threads(
+async def test_bits_do_not_depend_on_batch_chunks_or_stages(
     kind: str, tiny: Callable[..., Path], prompts: list[list[int]]
 ) -> None:
     folder = tiny("llama", 4, num_key_value_heads=1, **WIDE) if kind == "wide" else tiny(kind)
     long = [*prompts, prompts[1] + prompts[3] + prompts[0]]  # past one page of keys
-    alone = [(await _run(folder, [prompt], (0, 4)))[0][0] for prompt in (long[0], long[4])]
-    batch, _ = await _run(folder, long, (0, 4))
-    assert [batch[0], batch[4]] == alone
-    chunks, passed = await _run(folder, long, (0, 1, 4), step_rows=40)
-    assert chunks == batch
-    others, again = await _run(folder, long[::-1], (0, 1, 3, 4), step_rows=26, threads=2)
-    assert others[::-1] == batch
-    assert again[::-1] == passed
+    whole = await _loaded(folder, (0, 4))
+    batch = await _run(whole, long)
+    assert [(await _run(whole, [prompt]))[0] for prompt in (long[0], long[4])] == [batch[0], batch[4]]
+    await whole.stop()
+    parts = await _loaded(folder, (0, 1, 3, 4), step_rows=26)
+    assert (await _run(parts, long[::-1]))[::-1] == batch
+    await parts.stop()
+
+
+@pytest.mark.parametrize("kind", ["llama", "wide"])
+async def test_bits_do_not_depend_on_threads(kind: str, tiny: Callable[..., Path], prompts: list[list[int]]) -> None:
+    folder = tiny("llama", 4, num_key_value_heads=1, **WIDE) if kind == "wide" else tiny(kind)
+    found = []
+    for threads in (1, 2):
+        chain = await _loaded(folder, (0, 4), threads=threads)
+        found.append(await _run(chain, prompts[:2]))
+        await chain.stop()
+    assert found[0] == found[1]
+
+
+async def test_a_broken_rule_is_noticed(tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without whole fours a small model's products differ from batch to batch: the self-test must say so."""
+    monkeypatch.setattr(exact, "RULES", (1,))
+    engine = Engine(EngineConfig())
+    loaded = await engine.load(info(), tiny("llama"), LayerSpan(MODEL, 1, 2))
+    assert not loaded.exact
+    assert not engine.exact
+    await engine.stop()
+    strict = Engine(EngineConfig(exact="on"))
+    with pytest.raises(ConfigError, match="llama: not exact"):
+        await strict.load(info(), tiny("llama"), LayerSpan(MODEL, 1, 2))
+    await strict.stop()
 
 
 @pytest.mark.parametrize("kind", KINDS)
