@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import statistics
 import time
 from collections.abc import Callable
 
@@ -45,20 +47,15 @@ def probe(threads: int, dtype: str, device: str = "cpu") -> Speed:
 
     torch.set_num_threads(threads)
     kind = getattr(torch, dtype)
-    size = 2048
-    weights = [torch.randn(size, size).to(kind).to(device) for _ in range(4)]  # together past most last-level caches
+    size, rows = 2048, 128
+    # Together past most last-level caches, so that few rows are bound by memory.
+    weights = [torch.ones(size, size, dtype=kind, device=device) for _ in range(4)]
     can_pack = kernels.can_pack(kind, torch.device(device))
-    layers = [kernels.PackedLinear(w, None) if can_pack else _linear(w) for w in weights]
-    many, few = torch.randn(128, size).to(kind).to(device), torch.randn(1, size).to(kind).to(device)
-
-    def run(rows: torch.Tensor) -> float:
-        for layer in layers:
-            layer(rows)
-        return float(len(layers))
-
+    layers = itertools.cycle([kernels.PackedLinear(w, None) if can_pack else _linear(w) for w in weights])
+    many, few = torch.ones(rows, size, dtype=kind, device=device), torch.ones(1, size, dtype=kind, device=device)
     with torch.inference_mode():
-        per_layer_many, per_layer_few = _seconds(lambda: run(many)), _seconds(lambda: run(few))
-    return Speed(2.0 * 128 * size * size / per_layer_many, size * size * kind.itemsize / per_layer_few)
+        slow, fast = _seconds(lambda: next(layers)(many)), _seconds(lambda: next(layers)(few))
+    return Speed(2.0 * rows * size * size / slow, size * size * kind.itemsize / fast)
 
 
 def _linear(weight: object) -> Callable[[object], object]:
@@ -67,14 +64,13 @@ def _linear(weight: object) -> Callable[[object], object]:
     return lambda rows: F.linear(rows, weight)  # type: ignore[arg-type]
 
 
-def _seconds(run: Callable[[], float]) -> float:
-    """Best seconds per unit of ``run``, which returns how many units it did."""
+def _seconds(run: Callable[[], object]) -> float:
+    """The median over a quarter of the budget; at least one run after a warm-up."""
     run()
-    best, deadline = float("inf"), time.perf_counter() + BUDGET_S / 4
-    while True:
+    taken: list[float] = []
+    deadline = time.perf_counter() + BUDGET_S / 4
+    while not taken or time.perf_counter() < deadline:
         began = time.perf_counter()
-        units = run()
-        now = time.perf_counter()
-        best = min(best, (now - began) / units)
-        if now > deadline:
-            return best
+        run()
+        taken.append(time.perf_counter() - began)
+    return statistics.median(taken)
