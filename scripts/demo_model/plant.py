@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from demo_model.decoder import Attention, Decoder
 
-SCALE = 0.02  # of the embeddings at the start
+SCALE = 0.2  # of the embeddings: Adam moves each weight by about 0.001 a step, which must be little beside it
 CONSTANT = 5 * SCALE  # large enough for a head that looks at nothing else
 SHARPNESS = 1.5  # of the look at the token before
 MATCH = 2.0  # of the look at the token after an equal one
 ECHO = 5.0  # how loud the copied token is beside the present one
+LOUDNESS = 0.3  # of the logits: a copy must be sure enough to pay off at once, or training forgets it first
 
 
 @torch.no_grad()
@@ -32,6 +33,7 @@ def plant(decoder: Decoder) -> None:
     embedding[:, 0] = CONSTANT
     content = torch.zeros(2 * head, width)
     nn.init.orthogonal_(content[:, 1 : scratch.start])
+    decoder.model.norm.weight.fill_(LOUDNESS)
     first, second = (layer.self_attn for layer in decoder.model.layers[:2])
     _look_back(first, decoder.config.rope_parameters["rope_theta"])
     _carry(first, content, to=scratch)
