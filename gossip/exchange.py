@@ -84,14 +84,15 @@ class Exchange:
 
     # -- rows
 
-    def hear(self, version: Version, sender: NodeId, now: float, spread: bool) -> None:
-        """``sender`` has that version."""
+    def hear(self, version: Version, sender: NodeId, now: float, spread: bool) -> bool:
+        """``sender`` has that version; True: it is news, and will be pulled."""
         if version.node == self.identity.node:
             if version.version > self.profiles.version(version.node):
                 self.profiles.outrank(version.version, now)
                 self._announce(version.node)
-        elif self.members.get(version.node) is not None:
-            self.profiles.want(version.node, version.version, sender, now, spread)
+            return False
+        known = self.members.get(version.node) is not None
+        return known and self.profiles.want(version.node, version.version, sender, now, spread)
 
     def _pull(self, now: float) -> None:
         for source, nodes in self.profiles.due_pulls(now).items():

@@ -116,7 +116,8 @@ Versions = Annotated[tuple[Version, ...], Meta(max_length=64)]
 class Ping(msgspec.Struct, frozen=True, array_like=True, tag=1):
     seq: Sequence
     profile: Short = 0
-    """Low 16 bits of the versions of the target's profile and load that the sender holds: the ack brings newer ones."""
+    """Low 16 bits of the versions of the target's profile and load that the sender holds: the ack brings newer ones.
+    0: none held; in a large mesh the load is then not sent."""
     load: Short = 0
     updates: Updates = ()
     versions: Versions = ()

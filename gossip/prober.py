@@ -126,7 +126,8 @@ class Prober:
         profiles, me = self.exchange.profiles, self._members.me
         own, load = profiles.version(me), profiles.load_row(me)
         versions = (Version(me, own),) if own and own & 0xFFFF != message.profile else ()
-        fresh = load if load and load.version & 0xFFFF != message.load else None
+        cares = bool(message.load) or self._members.n <= self.config.load_everyone  # or it has watched
+        fresh = load if load and cares and load.version & 0xFFFF != message.load else None
         self._send(sender, Ack(message.seq, vitals=self._vitals(now), load=fresh, versions=versions))
 
     def _vitals(self, now: float) -> Vitals:

@@ -188,14 +188,15 @@ class Profiles:
 
     # -- pulls
 
-    def want(self, node: NodeId, version: int, source: NodeId, now: float, spread: bool) -> None:
-        """Fetch ``node``'s row from ``source``, which has ``version``, unless that is held or on its way."""
+    def want(self, node: NodeId, version: int, source: NodeId, now: float, spread: bool) -> bool:
+        """Fetch ``node``'s row from ``source``, which has ``version``; False: it is held or on its way, or no room."""
         pull = self.pulls.get(node)
         if version <= self.version(node) or node == self.me or (pull and pull.version >= version):
-            return
+            return False
         if pull is None and len(self.pulls) >= MAX_PULLS:
-            return  # anti-entropy brings it later
+            return False  # anti-entropy brings it later
         self.pulls[node] = Pull(version, source, now, spread=spread or bool(pull and pull.spread))
+        return True
 
     def next_pull(self) -> float:
         """When to ask for a row again; infinity: none is missing."""

@@ -97,7 +97,7 @@ class Pace:
         self._period = config.sync_min_s
 
     def found(self, news: int) -> bool:
-        """A comparison brought ``news`` rows; True: the next should come soon."""
+        """A comparison brought ``news`` rows and profiles; True: the next should come soon."""
         if news < self.MANY:
             return False
         self._period = self.config.sync_min_s
@@ -186,7 +186,7 @@ class Comparer:
         for row in message.rows:
             news += self._roster.apply(row.update, sender, now, synced=True, age_s=float(row.age_s))
             if row.version:
-                self._exchange.hear(Version(row.update.record.node, row.version), sender, now, spread=False)
+                news += self._exchange.hear(Version(row.update.record.node, row.version), sender, now, spread=False)
         if self._pace.found(news):
             self._sync_at = min(self._sync_at, self._pace.next(now))
         answer = reply(self._members, message, now) if message.answer else None

@@ -141,6 +141,8 @@ def test_probers_see_the_load_on_the_ack() -> None:
     set_profile(lab, name="me", load=Load(running=3))
     lab.run(1.0)
     ((_, ack),) = sends(lab.hears(Ping(1), "b"), "Ack")
+    assert ack.load is None  # a large mesh, and it never asked for it
+    ((_, ack),) = sends(lab.hears(Ping(1, load=7), "b"), "Ack")
     assert ack.load.load == Load(running=3)
     known = ack.load.version & 0xFFFF
     ((_, ack),) = sends(lab.hears(Ping(1, load=known), "b"), "Ack")

@@ -80,7 +80,7 @@ def test_properties_hold_in_any_weather(seed: int) -> None:
 
 
 def test_properties_hold_with_many_nodes() -> None:
-    stormy(100, n=60, until=25.0)
+    stormy(100, n=40, until=22.0)
 
 
 def test_small_meshes() -> None:
@@ -127,8 +127,8 @@ def test_a_crash_is_detected_in_time(n: int, bound_s: float) -> None:
 
 def test_no_false_positives_at_ten_percent_loss() -> None:
     world = gossip_world(20, 3, net=NetParams(loss=0.1))
-    GossipChecks(world, steady=list(world.nodes) or [node_id(index) for index in range(20)])
-    world.run(120.0)
+    GossipChecks(world, steady=[node_id(index) for index in range(20)])
+    world.run(60.0)
 
 
 def test_a_joiner_knows_all_and_is_known_by_all() -> None:
