@@ -26,16 +26,10 @@ Rules R1-R10 are named where they are kept.  Where this file says more than they
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
-
-import msgspec
+from collections.abc import Sequence
 
 from mesh.core import Effect, Rejected
 from mesh.election import messages as m
-from mesh.election.config import ElectionConfig
-from mesh.election.durable import Durable
 from mesh.election.events import (
     Answer,
     BecameLeader,
@@ -48,10 +42,9 @@ from mesh.election.events import (
     Released,
     SteppedDown,
 )
-from mesh.election.gate import Verify, objection, opened
-from mesh.election.outbox import Outbox
+from mesh.election.gate import objection, opened
 from mesh.election.progress import Progress
-from mesh.election.quorum import Ballot, is_quorum, one_step
+from mesh.election.quorum import is_quorum
 from mesh.election.record import (
     MAX_TERM,
     Content,
@@ -63,100 +56,14 @@ from mesh.election.record import (
     make_record,
     restamp,
 )
-from mesh.election.relay import Post, Sign
-from mesh.election.roster import Roster
 from mesh.election.spread import Spread
+from mesh.election.state import NEVER, State
 from mesh.election.voters import MemberInfo
 from mesh.types import NodeId
 
-Role = Literal["follower", "precandidate", "candidate", "leader"]
-_NEVER = float("-inf")
 
-
-class Election:
+class Election(State):
     """One node's part in the election; see ``mesh/core.py`` for the contract and the module for the picture."""
-
-    def __init__(
-        self,
-        durable: Durable,
-        config: ElectionConfig,
-        rng: random.Random,
-        now: float,
-        *,
-        sign: Sign | None = None,
-        verify: Verify = lambda node, data, signature: False,
-    ) -> None:
-        """``durable``: from ``durable.found`` or ``newcomer``, or as last persisted.  ``sign`` and ``verify`` serve
-        messages that a neighbour carries; without them nothing is relayed for this node."""
-        self.me = durable.node_id
-        self._config, self._rng, self._verify = config, rng, verify
-        self._outbox = Outbox(durable)
-        self._save, self._send, self._emit = self._outbox.save, self._outbox.send, self._outbox.emit
-        self._post = Post(self._outbox, config.relay_after_s, sign)
-        self._roster = Roster(self.me, config)
-        self._role: Role = "follower"
-        self._leader: NodeId | None = None
-        self._heard_leader = _NEVER
-        self._local_health = 0
-        self._attempts, self._round_ends, self._ballot = 0, 0.0, Ballot((), self.me)
-        self._progress, self._spread = Progress(now), Spread(config)
-        self._last_step = self._transfer_until = _NEVER
-        self._leave_at: float | None = None
-        self._revoked = frozenset(durable.committed.content.tombstones)
-        self._deadline: float | None = None
-        self._arm(now)
-
-    # ------------------------------------------------------------------ what others may look at
-
-    @property
-    def deadline(self) -> float | None:
-        """When to call ``tick``."""
-        if self._leave_at is None:
-            return self._deadline
-        return self._leave_at if self._deadline is None else min(self._deadline, self._leave_at)
-
-    @property
-    def role(self) -> Role:
-        return self._role
-
-    @property
-    def durable(self) -> Durable:
-        return self._outbox.durable
-
-    @property
-    def epoch(self) -> int:
-        return self._outbox.durable.epoch
-
-    @property
-    def term(self) -> int:
-        return self._outbox.durable.term
-
-    @property
-    def record(self) -> Record:
-        """The newest record held; perhaps not committed.  Act upon ``committed`` only."""
-        return self._outbox.durable.record
-
-    @property
-    def committed(self) -> Record:
-        return self._outbox.durable.committed
-
-    @property
-    def leader(self) -> NodeId | None:
-        """Whom this node believes to lead; None: nobody known (say so as ``degraded``)."""
-        return self._leader
-
-    @property
-    def is_voter(self) -> bool:
-        return self.me in self.record.voters
-
-    @property
-    def _leaving(self) -> bool:
-        return self._leave_at is not None
-
-    @property
-    def ready(self) -> bool:
-        """Whether ``propose`` would be heard: leader, a record of the own term committed, no change under way (R6)."""
-        return self._role == "leader" and self._settled() and self._transfer_until == _NEVER
 
     # ------------------------------------------------------------------ the contract
 
@@ -280,7 +187,7 @@ class Election:
 
     def may_open(self, placement: PlacementId, source: NodeId) -> tuple[Answer, list[Effect]]:
         """May work under ``placement`` be opened or resumed here?  ``source`` is asked when this node is behind."""
-        active = self._outbox.durable.active_placement
+        active = self.durable.active_placement
         if placement <= active:
             return Answer("ok" if placement == active else "stale", active), []
         self._send(source, self._fetch())
@@ -294,7 +201,7 @@ class Election:
         if was == "leader":
             self._emit(SteppedDown(self.term, why))
             self._set_leader(None)
-            self._transfer_until = _NEVER
+            self._transfer_until = NEVER
             self._roster.forget_leavers()
         self._role = "follower"
         if term > self.term:
@@ -355,11 +262,6 @@ class Election:
                 self._request(voter, self._question(), now)
         self._deadline = min(now + self._config.heartbeat_s, self._round_ends)
 
-    def _question(self) -> m.AskPreVote | m.AskVote:
-        if self._role == "precandidate":
-            return m.AskPreVote(*self._head(term=self.term + 1), record=self.record.id)
-        return m.AskVote(*self._head(), record=self.record.id)
-
     # ------------------------------------------------------------------ votes
 
     def _on_ask_prevote(self, message: m.AskPreVote, sender: NodeId, now: float) -> None:
@@ -374,10 +276,10 @@ class Election:
         self._see_term(message.term, now)
         granted = (
             message.term == self.term
-            and self._outbox.durable.voted_for in (None, sender)
+            and self.durable.voted_for in (None, sender)
             and self._at_least(message.record, self.record.id)
         )
-        if granted and self._outbox.durable.voted_for is None:
+        if granted and self.durable.voted_for is None:
             self._save(voted_for=sender)
         if granted:
             self._become_follower(self.term, "voted", now)
@@ -490,22 +392,11 @@ class Election:
                 self._request(voter, self._append(now, whole=send_whole), now)
         self._deadline = now + self._config.heartbeat_s
 
-    def _append(self, now: float, whole: bool) -> m.Append:
-        record = self.record
-        return m.Append(
-            *self._head(),
-            record_id=record.id,
-            record_hash=record.hash,
-            committed=self.committed.id,
-            sent_at=now,
-            record=record if whole else None,
-        )
-
     def _tick_leader(self, now: float) -> None:
         if not self._has_quorum(now):  # R7
             return self._become_follower(self.term, "no majority answers", now)
         if now >= self._transfer_until:
-            self._transfer_until = _NEVER
+            self._transfer_until = NEVER
         self._replicate(now, whole=False)
         self._tell_learners(now)
         self._remind_learners()
@@ -543,9 +434,6 @@ class Election:
         return True
 
     # ------------------------------------------------------------------ learners
-
-    def _learners(self) -> list[NodeId]:
-        return self._roster.alive(besides=[*self.record.voters, *self._revoked])
 
     def _tell_learners(self, now: float) -> None:
         for node in self._spread.due(self._learners(), self.committed.id, now):
@@ -620,7 +508,7 @@ class Election:
 
     def _dispatch(self, message: m.Message, sender: NodeId, now: float) -> None:
         if message.epoch == self.epoch:
-            _HANDLERS[type(message)](self, message, sender, now)
+            getattr(self, _HANDLERS[type(message)])(message, sender, now)
         elif message.epoch < self.epoch:
             self._send(sender, self._announce())
         elif isinstance(message, m.Announce):
@@ -635,7 +523,7 @@ class Election:
         record = message.record
         term = max(record.id.term, message.term if message.leader else 0)
         self._save(epoch=record.epoch, term=term, voted_for=None, record=record, committed=record)
-        self._heard_leader = _NEVER
+        self._heard_leader = NEVER
         self._arm(now)
         self._hear_of_leader(message.leader, message.term, now)
         self._learnt()
@@ -656,58 +544,7 @@ class Election:
         self._post.heard(message.origin, sender)
         self._dispatch(inner, message.origin, now)
 
-    # ------------------------------------------------------------------ small parts that tests may switch off
-
-    def _at_least(self, theirs: RecordId, mine: RecordId) -> bool:
-        return theirs >= mine
-
-    def _newer(self, a: RecordId, b: RecordId) -> bool:
-        """R1, for every comparison of records in this file."""
-        return a > b
-
-    def _restamped(self) -> Record:
-        """R4."""
-        return restamp(self.record, RecordId(self.term, self.record.id.version))
-
-    def _new_ballot(self) -> Ballot:
-        """R2: of the candidate's own record."""
-        return Ballot(self.record.voters, self.me)
-
-    def _may_propose(self) -> bool:
-        """R6: a record of the own term is committed, and it is the newest one."""
-        return self.ready
-
-    def _check_step(self, voters: tuple[NodeId, ...], content: Content) -> None:
-        """R6 and I11, for a proposal."""
-        if not one_step(self.record.voters, voters):
-            raise Refused("voters change one at a time: add one, or remove one")
-        if self.me not in voters:
-            raise Refused("the coordinator stays a voter: transfer first")
-        if any(v in content.tombstones for v in voters):
-            raise Refused("a revoked member cannot vote")
-
     # ------------------------------------------------------------------ helpers
-
-    def _settled(self) -> bool:
-        """Whether the record held is of this epoch and term, and committed."""
-        return self.committed.id == self.record.id and self.record.id.term == self.term
-
-    def _next_record(self, voters: tuple[NodeId, ...], content: Content) -> Record:
-        return make_record(self.epoch, RecordId(self.term, self.record.id.version + 1), voters, content)
-
-    def _counted(self, content: Content) -> Content:
-        old = self.record.content
-        counter = old.placement_counter + (content.placement != old.placement)
-        return msgspec.structs.replace(content, placement_counter=counter)
-
-    def _has_quorum(self, now: float) -> bool:
-        recent = self._progress.heard_since(now - self._config.check_quorum_s, self.record.voters)
-        return is_quorum(self.record.voters, [*recent, self.me])
-
-    def _hears_leader(self, now: float) -> bool:
-        if self._role == "leader":
-            return True
-        return self._leader is not None and now - self._heard_leader < self._config.election_min_s
 
     def _see_term(self, term: int, now: float) -> None:
         if term > self.term:
@@ -722,52 +559,26 @@ class Election:
         elif lost is not None and lost != self.me:
             self._emit(LeaderLost(lost))
 
-    def _arm(self, now: float) -> None:
-        """The time-out of a follower; nobody else can lead a mesh with one voter, so that one does not wait."""
-        if not self.is_voter:
-            self._deadline = None
-        elif self.record.voters == (self.me,):
-            self._deadline = now
-        else:
-            wait = self._rng.uniform(self._config.election_min_s, self._config.election_max_s)
-            self._deadline = now + wait * (self._local_health + 1)
-
     def _arm_if_idle(self, now: float) -> None:
         """After a change of the record: voters have a deadline, learners none."""
         if self._role == "follower" and self.is_voter != (self._deadline is not None):
             self._arm(now)
 
-    # ------------------------------------------------------------------ messages
-
-    def _head(self, term: int | None = None) -> tuple[Any, int, int]:
-        return self._outbox.durable.mesh_id, self.epoch, self.term if term is None else term
-
-    def _announce(self) -> m.Announce:
-        return m.Announce(*self._head(), record=self.committed, leader=self._leader)
-
-    def _notice(self) -> m.Notice:
-        return m.Notice(*self._head(), record_id=self.committed.id, leader=self._leader)
-
-    def _fetch(self) -> m.Fetch:
-        return m.Fetch(*self._head(), record_id=self.committed.id)
-
     def _request(self, to: NodeId, message: m.Relayable, now: float) -> None:
-        """Send; the other voters, then living members, may carry it where the direct link stays silent."""
-        voters = [v for v in self.record.voters if v != self.me]
-        self._post.request(to, message, [*voters, *self._learners()], now)
+        self._post.request(to, message, self._carriers, now)
 
 
-_HANDLERS: dict[type, Callable[[Election, Any, NodeId, float], None]] = {
-    m.AskPreVote: Election._on_ask_prevote,
-    m.PreVoted: Election._on_prevoted,
-    m.AskVote: Election._on_ask_vote,
-    m.Voted: Election._on_voted,
-    m.Append: Election._on_append,
-    m.Appended: Election._on_appended,
-    m.Announce: Election._on_announce,
-    m.Notice: Election._on_notice,
-    m.Announced: Election._on_announced,
-    m.Fetch: Election._on_fetch,
-    m.TimeoutNow: Election._on_timeout_now,
-    m.Leaving: Election._on_leaving,
+_HANDLERS: dict[type, str] = {
+    m.AskPreVote: "_on_ask_prevote",
+    m.PreVoted: "_on_prevoted",
+    m.AskVote: "_on_ask_vote",
+    m.Voted: "_on_voted",
+    m.Append: "_on_append",
+    m.Appended: "_on_appended",
+    m.Announce: "_on_announce",
+    m.Notice: "_on_notice",
+    m.Announced: "_on_announced",
+    m.Fetch: "_on_fetch",
+    m.TimeoutNow: "_on_timeout_now",
+    m.Leaving: "_on_leaving",
 }

@@ -43,11 +43,11 @@ class Post:
         else:
             self._carrier[sender] = via
 
-    def request(self, to: NodeId, message: m.Relayable, neighbours: Sequence[NodeId], now: float) -> None:
+    def request(self, to: NodeId, message: m.Relayable, carriers: Callable[[], Sequence[NodeId]], now: float) -> None:
         self._outbox.send(to, message)
         since = self._unanswered.setdefault(to, now)
         if now - since >= self._relay_after_s:
-            carrier = self._choose(to, [n for n in neighbours if n != to])
+            carrier = self._choose(to, [n for n in carriers() if n != to])
             self._carry(carrier, to, message)
 
     def reply(self, to: NodeId, message: m.Relayable) -> None:

@@ -175,7 +175,9 @@ class Player:
 
         def ask(core: Any, now: float) -> list[Any]:
             answer, effects = core.obey(EPOCH, int(words[2]), "x", now)
-            said.append(f"{answer.verdict}, highest seen is term {answer.newer[1]} of epoch {epoch_counter(answer.newer[0])}")
+            said.append(
+                f"{answer.verdict}, highest seen is term {answer.newer[1]} of epoch {epoch_counter(answer.newer[0])}"
+            )
             return effects
 
         self.w.do(words[0], ask)

@@ -1,10 +1,13 @@
 """Negative controls: the election with one rule switched off.  Each must be caught by the checkers.
 
 Each is a subclass that overrides one small method of the core, or a way for the world to forget what must be durable.
+``python -m tests.sim.election_mutants [SCHEDULES] [NAME]`` searches for the first seed that catches each.
 """
 
 from __future__ import annotations
 
+import sys
+import time
 from typing import Any
 
 import msgspec
@@ -117,19 +120,43 @@ class NoPreVote(Election):
             super()._prevote(now)
 
 
+_CRASHES = (6.0, 0.5, 0.5, 0.0, 8.0, 4.0, 0.0, 0.0, 2.0)
+"""Weights of ``election_bag.ACTS``: a vote must be forgotten just after it was given."""
+_PROPOSALS = (6.0, 8.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 4.0)
+
 CONTROLS: dict[str, dict[str, Any]] = {
     "swap one voter in a single step": {"make": SwapInOneStep, "ignore": ("I9",)},
     "a wiped disk rejoins with the same id": {"wipe": True},
-    "change before a record of the own term is committed": {"make": ChangeBeforeOwnTermCommitted},
+    "change before a record of the own term is committed": {
+        "make": ChangeBeforeOwnTermCommitted,
+        "voters": 4,  # two changes of an odd set always meet
+        "nodes": 6,
+    },
     "no restamp at election": {"make": NoRestamp},
     "term and vote not persisted": {"forget": ("term", "voted_for"), "ignore": ("I5", "I10")},
-    "vote not persisted": {"forget": ("voted_for",), "ignore": ("I10",)},
+    "vote not persisted": {"forget": ("voted_for",), "ignore": ("I10",), "weights": _CRASHES},
     "duplicate votes counted": {"make": CountsResponses, "ignore": ("I10",)},
     "votes for older records": {"make": VotesForOlder},
     "commit without a majority": {"make": CountsOutsiders, "ignore": ("I8",)},
-    "records of deposed leaders taken": {"make": TakesFromAnyLeader},
+    "records of deposed leaders taken": {"make": TakesFromAnyLeader, "weights": _PROPOSALS, "voters": 3},
     "messages of other meshes heard": {"make": AcceptsOtherMeshes},
     "commands of any term obeyed": {"make": ObeysAnyTerm},
 }
 """Name -> how ``election_bag.Bag`` is made.  ``ignore``: the rule that sees the cause at once; what is asked for is
 that the *consequences* are seen (two leaders in a term, forked or lost commits)."""
+
+
+def main(schedules: int, only: str = "") -> None:
+    """Search, one line per control."""
+    from tests.sim.election_bag import search
+
+    for name, how in CONTROLS.items():
+        if only in name:
+            start = time.monotonic()
+            found = search(range(schedules), **how)
+            seen = f"seed {found[0]}: {str(found[1])[:110]}" if found else f"not caught in {schedules}"
+            print(f"{name}: {seen} ({time.monotonic() - start:.0f} s)", flush=True)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 20_000, " ".join(sys.argv[2:]))

@@ -75,7 +75,9 @@ def test_next_voters(voters: str, mesh: str, step: str | None) -> None:
     assert found == (None if step is None else tuple(step))
 
 
-@pytest.mark.parametrize(("voters", "mesh", "step"), [("a", "a b c", None), ("abc", "a b c!20", None), ("ab", "a b c", "abc")])
+@pytest.mark.parametrize(
+    ("voters", "mesh", "step"), [("a", "a b c", None), ("abc", "a b c!20", None), ("ab", "a b c", "abc")]
+)
 def test_one_step_per_five_seconds_unless_the_size_is_even(voters: str, mesh: str, step: str | None) -> None:
     found = next_voters(tuple(voters), members(mesh), "a", NOW, lan(), last_step=NOW - 4.9)
     assert found == (None if step is None else tuple(step))
