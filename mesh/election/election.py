@@ -390,7 +390,7 @@ class Election(State):
             if voter != self.me:
                 send_whole = whole and self._progress.send_whole(voter, self.record.id, now, 0.0)
                 self._request(voter, self._append(now, whole=send_whole), now)
-        self._deadline = now + self._config.heartbeat_s
+        self._deadline = min(now + self._config.heartbeat_s, self._quorum_ends())
 
     def _tick_leader(self, now: float) -> None:
         if not self._has_quorum(now):  # R7

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mesh.election.quorum import majority
 from mesh.election.record import RecordId
 from mesh.types import NodeId
 
@@ -27,6 +28,12 @@ class Progress:
     def heard_since(self, when: float, voters: tuple[NodeId, ...]) -> list[NodeId]:
         """Voters that answered a request sent at or after ``when``; the time of new leaders and voters starts fresh."""
         return [voter for voter in voters if self._heard.get(voter, self._since) >= when]
+
+    def majority_at(self, voters: tuple[NodeId, ...], me: NodeId) -> float:
+        """The latest time at which a majority of ``voters`` is known to have been there; this node always is."""
+        times = sorted((self._heard.get(v, self._since) for v in voters if v != me), reverse=True)
+        others = majority(len(voters)) - (me in voters)
+        return times[others - 1] if others > 0 else float("inf")
 
     def welcome(self, voter: NodeId, now: float) -> None:
         """A new voter has as long as everyone to answer for the first time."""

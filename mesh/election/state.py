@@ -17,7 +17,7 @@ from mesh.election.events import Refused
 from mesh.election.gate import Verify
 from mesh.election.outbox import Outbox
 from mesh.election.progress import Progress
-from mesh.election.quorum import Ballot, is_quorum, one_step
+from mesh.election.quorum import Ballot, one_step
 from mesh.election.record import Content, Record, RecordId, make_record, restamp
 from mesh.election.relay import Post, Sign
 from mesh.election.roster import Roster
@@ -146,8 +146,15 @@ class State:
         return self.committed.id == self.record.id and self.record.id.term == self.term
 
     def _has_quorum(self, now: float) -> bool:
-        recent = self._progress.heard_since(now - self._config.check_quorum_s, self.record.voters)
-        return is_quorum(self.record.voters, [*recent, self.me])
+        return now < self._quorum_ends()
+
+    def _quorum_ends(self) -> float:
+        """R7: when this leader steps down if nobody answers from now on.
+
+        Counted from when the last answered requests were *sent*: the voters heard them later, and refuse PreVotes for
+        at least as long from then (R3), so that nobody else is elected before (but for drifting clocks).
+        """
+        return self._progress.majority_at(self.record.voters, self.me) + self._config.check_quorum_s
 
     def _hears_leader(self, now: float) -> bool:
         if self._role == "leader":

@@ -126,8 +126,10 @@ def failover(seed: int, size: int, fault: str) -> tuple[float, float]:
     start, term = world.now, world.core(old).term
     world.apply(Fault(start, kind, (old,)))
     world.run(until=start + 10.0, stop=lambda: any(world.core(n).committed.id.term > term for n in rest))
+    back = world.now
+    world.run(until=start + 3.0)
     down = [at for at, node, event in world.told if node == old and at > start and isinstance(event, SteppedDown)]
-    return world.now - start, down[0] - start if down else float("inf")
+    return back - start, down[0] - start if down else float("inf")
 
 
 @pytest.mark.parametrize("size", [3, 5])
@@ -146,7 +148,10 @@ def test_q11_a_hanging_coordinator_is_replaced(size: int) -> None:
 
 
 def test_q12_an_isolated_coordinator_steps_down() -> None:
-    assert max(failover(seed, 5, "partition")[1] for seed in range(20)) <= 1.2
+    """... by its own clock, before those that heard it last may elect another."""
+    for seed in range(20):
+        elected, stepped_down = failover(seed, 5, "partition")
+        assert stepped_down <= min(1.0, elected)
 
 
 def test_q13_no_needless_election_under_loss_and_stalls() -> None:

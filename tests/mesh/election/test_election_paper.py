@@ -160,7 +160,7 @@ def test_election_timeout_nonconflict() -> None:
 
 
 def test_leader_start_replication_and_commit_entry() -> None:
-    """5.3: a proposal goes to all voters whole; a majority's acknowledgement commits it, and the next Append says so."""
+    """5.3: a proposal goes to all voters whole; a majority's acknowledgement commits it, and the next Append tells."""
     it, now = lab.leader()
     before = it.record.id
     effects = it.propose(now, lab.Content(placement=b"x"))

@@ -43,7 +43,7 @@ def test_dueling_candidates() -> None:
     mesh.drop = lambda sender, to, message: isinstance(message, m.Relayed)  # or b would carry what a has to say
     mesh.elect("a")
     mesh.run(4.0)  # c asks b, which hears a
-    assert (mesh.cores["c"].role, mesh.cores["c"].term) == ("follower", 2)  # refused, and told what is committed
+    assert (mesh.cores["c"].role, mesh.cores["c"].term) == ("precandidate", 2)  # refused, but told what is committed
     assert mesh.cores["c"].committed == mesh.cores["a"].committed
     mesh.heal()
     mesh.run(1.0)
