@@ -63,6 +63,7 @@ from node.service import NodeService
 from node.stage import StageService
 from node.telemetry import Telemetry, get_logger, setup_logging
 from node.weights.keeper import Weights
+from node.weights.offer import check_source
 from node.weights.serve import FILE_PATH, HAVE_PATH, DoorFiles, FileServer
 
 VERSION = "0.1.0"
@@ -93,6 +94,8 @@ def first_of(group: BaseExceptionGroup[ConfigError]) -> ConfigError:
 
 async def _main(config: NodeConfig) -> int:
     with DataFolder(config.data_dir) as folder:
+        for wish in config.model:
+            await asyncio.to_thread(check_source, wish.source)
         host, port = parse_address(config.listen, "--listen")
         tcp, udp = bind_pair(host, port)
         address = config.advertise or format_address(host, tcp.getsockname()[1])

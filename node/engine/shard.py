@@ -56,6 +56,16 @@ class Slot(nn.Module):
         return out
 
 
+def _leave_files(model: nn.Module) -> None:
+    """Copy what still lies in the checkpoint's mapped files; the last copy unmaps them.
+
+    What was packed is a copy already, and one small weight would keep a whole file mapped, and resident.
+    """
+    for weight in model.parameters():
+        if weight.device.type != "meta":
+            weight.data = weight.data.clone()
+
+
 class LayersReturnTuples(Exception):
     """The layers' form of return is not the one assumed; raised at most once, in the first forward."""
 
@@ -84,6 +94,7 @@ class Shard:
             layers[index] = Slot(index, layers[index], self._flow)
         if packing:
             self._pack(part)
+        _leave_files(model)
 
     @property
     def _layers(self) -> nn.ModuleList:

@@ -67,11 +67,21 @@ def default_name(source: str | Path) -> str:
     return Path(str(source).rstrip("/")).expanduser().resolve().name if _is_path(source) else str(source).split("/")[-1]
 
 
-def _offer(source: str | Path, name: str, dtype: str, cache: Path) -> Offer:
+def check_source(source: str | Path) -> list[Path]:
+    """The safetensors files of the model at ``source``; a quick look, before anything is imported or hashed.
+
+    Raises ``ConfigError`` that names what is wrong with the source.
+    """
     folder = find_folder(source)
     read_config(folder)
     files = [folder / file for file in _tensor_files(folder)]
     _require_tokenizer(folder)
+    return files
+
+
+def _offer(source: str | Path, name: str, dtype: str, cache: Path) -> Offer:
+    files = check_source(source)
+    folder = files[0].parent
     manifest = Manifest(_small_files(folder), tuple(_remembered(path, cache) for path in files))
     try:
         check(manifest)
