@@ -203,6 +203,10 @@ class Node:
             asyncio.get_running_loop().add_signal_handler(number, self.begin_leave)
         api = self._make_api()
         async with asyncio.TaskGroup() as self._tasks:
+            self._on_committed()
+            seeds = self._booted.seeds
+            # Before the door opens: peers that remember this node write to it at once, and joining comes first.
+            self.peers.gossip.cast(lambda core, now: core.join(seeds, now))
             await self.peers.start(tcp, udp)
             await api.start(self._api_tls())
             self._write_runtime(api.port)
@@ -230,10 +234,7 @@ class Node:
         ]
 
     async def _come_in(self) -> None:
-        """Gossip with the seeds, offer what is to be offered, say how others join."""
-        self._on_committed()
-        seeds = self._booted.seeds
-        await self.peers.gossip.call(lambda core, now: core.join(seeds, now))
+        """Offer what is to be offered, say how others join."""
         for wish in self.config.model:
             await self.offer(wish.source, wish.name)
         await self._until(self._known, math.inf)

@@ -30,7 +30,6 @@ def body(tokens: int, **params: Any) -> dict[str, Any]:
         "prompt": PROMPT,
         "max_tokens": tokens,
         "ignore_eos": True,
-        "stream_options": {"include_usage": True},
         # No node holds all the layers, and no route of one hop can be found.
         "mesh": {"max_layers": 4},
         **params,
@@ -44,7 +43,7 @@ SEEDED: dict[str, Any] = {"temperature": 1.0, "top_p": 0.95, "seed": 11}
 def read(node: LocalNode, wanted: dict[str, Any], on_text: Callable[[int], None] = lambda n: None) -> dict[str, Any]:
     """The whole stream: tokens, finish reason, usage."""
     text, finish, usage, count = "", None, {}, 0
-    for chunk in stream(node.api, "/v1/completions", wanted):
+    for chunk in stream(node.api, "/v1/completions", wanted | {"stream_options": {"include_usage": True}}):
         usage = chunk.get("usage") or usage
         for choice in chunk["choices"]:
             text += choice["text"]
