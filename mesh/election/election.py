@@ -447,7 +447,10 @@ class Election(State):
         self._hear_of_leader(message.leader, message.term, now)
         news = self._newer(message.record.id, self.committed.id)
         self._adopt(message.record, now)
-        self._send(sender, m.Announced(*self._head(), record_id=self.committed.id))
+        answer = m.Announced(*self._head(), record_id=self.committed.id)
+        self._send(sender, answer)
+        if news and self._leader not in (None, self.me, sender):
+            self._send(self._leader, answer)  # so that it need not tell this node as well
         if news:
             self._pass_on(sender)
 

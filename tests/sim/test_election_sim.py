@@ -66,10 +66,10 @@ def test_one_seed_is_one_run() -> None:
 # ---------------------------------------------------------------- negative controls
 
 CAUGHT: dict[str, int] = {
-    "swap one voter in a single step": 476,
+    "swap one voter in a single step": 736,
     "a wiped disk rejoins with the same id": 50,
     "change before a record of the own term is committed": 5005,
-    "no restamp at election": 199,
+    "no restamp at election": 638,
     "term and vote not persisted": 154,
     "vote not persisted": 7980,
     "duplicate votes counted": 447,
