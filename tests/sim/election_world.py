@@ -193,6 +193,7 @@ def recover(world: ElectionWorld, names: Sequence[str]) -> None:
     world.apply(Fault(world.now, "heal"))
     for name in names:
         node = world.nodes[name]
+        node.crash_after = None  # a crash in the middle of a step that was still to come
         world.apply(Fault(world.now, "slow", (name,)))
         if not node.up:
             world.apply(Fault(world.now, "restart", (name,)))
