@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import http.client
 import json
 import time
 import urllib.error
@@ -39,7 +40,7 @@ class Asker:
         if not api:
             try:
                 api = json.loads((folder / RUNTIME_FILE).read_text())["api"]
-            except (OSError, ValueError, KeyError):
+            except (OSError, ValueError, KeyError, TypeError):
                 raise ConfigError(f"no node runs from {folder}: name one with --api URL or --data-dir DIR") from None
         if urllib.parse.urlsplit(api).scheme not in ("http", "https"):
             raise ConfigError(f"--api: {api!r} must be a URL such as http://127.0.0.1:9000")
@@ -80,7 +81,7 @@ class Asker:
                 return json.loads(answer.read())
         except urllib.error.HTTPError as error:
             raise NodeRefused(_message(error)) from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", error)
             raise NodeRefused(f"no node answers at {self.api}: {reason}") from None
 

@@ -88,7 +88,7 @@ def _asking(verbs: Any, name: str, help_text: str, act: Any) -> argparse.Argumen
 
 def act_join(arguments: argparse.Namespace) -> int:
     config = settings.load(vars(arguments))
-    from node.node import run  # a node's imports are paid for only here
+    from node.run import run  # a node's imports are paid for only here
 
     return run(config)
 
@@ -133,7 +133,7 @@ def act_token_create(arguments: argparse.Namespace) -> int:
 
 
 def act_key_create(arguments: argparse.Namespace) -> int:
-    ttl_s = arguments.ttl * 3600 if arguments.ttl else None
+    ttl_s = arguments.ttl * 3600 if arguments.ttl is not None else None
     body = {"scopes": arguments.scope or ["infer"], "ttl_s": ttl_s, "name": arguments.name}
     print(Asker.of(arguments).admin("POST", "keys", body)["key"])
     return 0

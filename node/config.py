@@ -81,9 +81,10 @@ def parse_address(text: str) -> str:
 
 def parse_offer(text: str) -> ModelOffer:
     source, equals, name = text.rpartition("=") if "=" in text else (text, "", "")
-    if not source or (equals and not name):
+    name = name or ("" if equals else Path(source).name or Path(source).resolve().name)
+    if not source or not name:
         raise ValueError("must be PATH or HUB_ID, with =NAME after it if the name is to differ")
-    return ModelOffer(source, name or Path(source.rstrip("/")).name)
+    return ModelOffer(source, name)
 
 
 def _count(least: int) -> Callable[[str], int]:

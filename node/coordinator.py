@@ -54,9 +54,8 @@ class Coordinator:
         self._log = get_logger("coordinator")
         self._changed_at = self._planned_at = self._led_since = clock()
         self._shape: tuple[object, ...] = ()
-        self._present = 0
-        self._vanished = 0.0
-        self._unconfirmed = False
+        self._present = self._settled = 0
+        """Members present now, and when the cut was last stable."""
 
     def note_leading(self) -> None:
         """This node has just won a term."""
@@ -77,19 +76,22 @@ class Coordinator:
             (m.id, m.state in ("alive", "suspect"), m.profile.weight_bytes, m.profile.role, m.profile.draining)
             for m in view.members
         )
-        if shape == self._shape:
-            return
-        present = sum(member.present for member in view.members)
-        self._vanished = max(0.0, 1.0 - present / self._present) if self._present else 0.0
-        self._shape, self._present, self._changed_at = shape, present, self._clock()
+        if shape != self._shape:
+            present = sum(member.present for member in view.members)
+            self._shape, self._present, self._changed_at = shape, present, self._clock()
+        elif self._stable():
+            self._settled = self._present
+
+    def _stable(self) -> bool:
+        """The cut has been still for long enough.  Who is cut off finds the others dead one by one: what vanished is
+        counted from the last stable cut."""
+        mass = 1 < self._present < 0.7 * self._settled
+        return self._clock() - self._changed_at >= (self._pace.mass_s if mass else self._pace.stable_s)
 
     def _due(self) -> bool:
         now, pace = self._clock(), self._pace
-        stable_s = pace.mass_s if self._vanished > 0.3 and self._present > 1 else pace.stable_s
         return (
-            now - self._changed_at >= stable_s
-            and now - self._planned_at >= pace.between_s
-            and now - self._led_since >= pace.new_term_s
+            self._stable() and now - self._planned_at >= pace.between_s and now - self._led_since >= pace.new_term_s
         )
 
     async def _act(self) -> None:
@@ -120,7 +122,7 @@ class Coordinator:
         authority, content, view = self._keeper.authority(), self._keeper.content, self._view()
         if authority is None:
             return
-        present = [member.id for member in view.members if member.present]
+        present = [member.id for member in view.members if member.present and member.id not in content.tombstones]
         holders = set(self._keeper.voters) | set(present if len(present) <= MAX_SEALED else ())
         sealed = {node: raw for node, raw in content.sealed_ca if node in holders or node in present}
         for node in sorted(holders - set(sealed)):
@@ -129,7 +131,11 @@ class Coordinator:
                 sealed[node] = authority.sealed_to(node, key)
         entries = tuple(sorted(sealed.items()))
         if entries != tuple(sorted(content.sealed_ca)):
-            await self._keeper.change(lambda now: msgspec.structs.replace(now, sealed_ca=entries))
+            await self._keeper.change(
+                lambda now: msgspec.structs.replace(
+                    now, sealed_ca=tuple(entry for entry in entries if entry[0] not in now.tombstones)
+                )
+            )
 
 
 def decode_placement(raw: bytes) -> Placement:

@@ -50,7 +50,7 @@ class Driver:
         self._put(verb, None)
 
     async def call(self, verb: Verb) -> None:
-        """Run ``verb(core, now)`` and wait until its effects are performed; its errors are raised here."""
+        """Run ``verb(core, now)`` and wait until its effects are performed; what the verb raises is raised here."""
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._put(verb, done)
         await done
@@ -83,15 +83,17 @@ class Driver:
 
     async def _one(self, verb: Verb, done: asyncio.Future[None] | None) -> None:
         try:
-            await self._perform(verb(self.core, self._clock()))
+            effects = verb(self.core, self._clock())
         except Exception as error:
             if done is None or isinstance(error, AssertionError):
                 raise
             if not done.cancelled():
                 done.set_exception(error)
-        else:
-            if done is not None and not done.cancelled():
-                done.set_result(None)
+            return
+        # An effect that fails is no refusal: the core believes it done, so this node must stop (contract, 2).
+        await self._perform(effects)
+        if done is not None and not done.cancelled():
+            done.set_result(None)
 
     async def _perform(self, effects: list[Effect]) -> None:
         for effect in effects:

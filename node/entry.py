@@ -116,8 +116,8 @@ class LiveGeneration:
             self.step(self.session.follow(route, self._entry.view().placement_id, now, exact))
 
     def _score(self, event: core.PromptScored) -> None:
-        """A replay may score positions again: only what comes next is passed on."""
-        rows = event.rows[max(0, self._scored - event.start) :]
+        """A replay may score positions again, and tokens that were drawn: only what comes next of the prompt counts."""
+        rows = event.rows[max(0, self._scored - event.start) : max(0, len(self.request.prompt) - event.start)]
         if not rows or event.start > self._scored:
             return
         tops = tuple(top for _, top in rows)

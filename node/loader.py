@@ -37,6 +37,8 @@ class Loader:
         self._log = get_logger("loader")
         self._wake = asyncio.Event()
         self._retry_at: dict[LayerSpan, float] = {}
+        self._manifests: dict[ModelId, str] = {}
+        """Which weights are loaded: a name may come to stand for others."""
         self.loaded: dict[ModelId, LayerSpan] = {}
         self.loading: LayerSpan | None = None
         self.fetched = 0
@@ -64,19 +66,28 @@ class Loader:
                 continue
 
     async def _step(self) -> None:
-        """One act: load what is missing, else give up what is not wanted and not needed."""
+        """One act: drop weights that a name no longer stands for, load what is missing, give up what is spare."""
         view, now = self._view(), asyncio.get_running_loop().time()
         wanted = {span.model: span for span in view.placement.spans_of(view.me)}
         self.refused = {span: why for span, why in self.refused.items() if span in wanted.values()}
+        self._retry_at = {span: at for span, at in self._retry_at.items() if at > now}
+        for model, held in self.loaded.items():
+            entry = view.placement.of(model)
+            if entry is not None and entry.model.manifest != self._manifests[model]:
+                return await self._drop(held)
         for model, span in wanted.items():
             held = self.loaded.get(model)
             lacks = held is None or not held.covers(span.start, span.end)
-            if lacks and self._retry_at.get(span, 0.0) <= now:
+            # Not loaded but in use: sessions still run over weights that were dropped.
+            if lacks and span not in self._retry_at and not (held is None and self._in_use(span)):
                 return await self._load(span, _grown(held, span), view)
-        for model, held in list(self.loaded.items()):
-            spare = _spare(held, wanted.get(model))
-            if spare and not any(self._in_use(piece) for piece in spare) and all(map(view.may_drop, spare)):
-                return await self._give_up(held, wanted.get(model), view)
+        for model, held in self.loaded.items():
+            wish = wanted.get(model)
+            spare = _spare(held, wish)
+            # A model that was removed needs no other holder.
+            free = view.placement.of(model) is None or all(map(view.may_drop, spare))
+            if spare and free and wish not in self._retry_at and not any(map(self._in_use, spare)):
+                return await (self._load(wish, wish, view) if wish is not None else self._drop(held))
 
     async def _load(self, wish: LayerSpan, span: LayerSpan, view: MeshView) -> None:
         """Fetch and load ``span``, for the sake of ``wish``; the engine keeps the layers that it has already."""
@@ -90,16 +101,15 @@ class Loader:
         except (MeshError, OSError) as error:
             self._refuse(wish, error)
         else:
-            self.loaded[span.model] = span
+            self.loaded[span.model], self._manifests[span.model] = span, model.manifest
+            self.refused.pop(wish, None)
             self._log.info("loaded", model=span.model, layers=f"{span.start}-{span.end}")
         finally:
             self.loading = None
             self._changed()
 
-    async def _give_up(self, held: LayerSpan, wish: LayerSpan | None, view: MeshView) -> None:
-        """Nobody runs over these layers, and others can serve them."""
-        if wish is not None:
-            return await self._load(wish, wish, view)
+    async def _drop(self, held: LayerSpan) -> None:
+        """Open nothing on it any more; the engine frees the layers when the last session on them has ended."""
         await self._engine.unload(held)
         del self.loaded[held.model]
         self._log.info("dropped", model=held.model, layers=f"{held.start}-{held.end}")
@@ -109,7 +119,7 @@ class Loader:
         percent = 5 * (20 * done // total) if total else 100
         if percent != self.fetched:
             self.fetched = percent
-            self._log.info("fetching", layers=str(self.loading), percent=percent, mib=total >> 20)
+            self._log.debug("fetching", percent=percent, mib=total >> 20)
             self._changed()
 
     def _refuse(self, span: LayerSpan, error: Exception) -> None:

@@ -30,6 +30,7 @@ class Machine:
         self.holds_layers = holds_layers(config)
         self.memory_bytes = config.memory or int(free_memory() * MEMORY_SHARE)
         self.weight_bytes = min(self.memory_bytes, config.weight_memory or int(self.memory_bytes * WEIGHT_SHARE))
+        self.kv_bytes = self.memory_bytes - self.weight_bytes if self.holds_layers else 0
         self.threads = config.threads or os.cpu_count() or 1
         self._flops, self._bandwidth = flops, bandwidth
 
@@ -44,9 +45,7 @@ class Machine:
             return NoEngine()
         from node.engine.engine import Engine, EngineConfig
 
-        return Engine(
-            EngineConfig(kv_bytes=self.memory_bytes - self.weight_bytes, threads=self.threads, exact=config.exact)
-        )
+        return Engine(EngineConfig(kv_bytes=self.kv_bytes, threads=self.threads, exact=config.exact))
 
     async def check_servable(self, model: ModelInfo, folder: Path) -> None:
         """Load one layer and check it, before the model is offered.  Raises ``ConfigError`` naming a kind that no mode

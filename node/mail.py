@@ -11,14 +11,18 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
+
 from mesh.core import Send
 from mesh.pipeline import messages as m
 from mesh.types import NodeId
 from mesh.wire import Codec
+from node.net.frames import MAX_MESSAGE
 
 KIND = "pipeline"
 MAX_FRAME_BYTES = 16 << 20
 FRAME: Codec[list[m.Pipeline]] = Codec(list[m.Pipeline], MAX_FRAME_BYTES)
+_ENCODER = msgspec.msgpack.Encoder()
 
 
 class Mail:
@@ -60,10 +64,20 @@ class Mail:
         out, self._out = self._out, {}
         for peer, messages in out.items():
             small = [message for message in messages if not isinstance(message, m.Forward)]
-            if small:
-                self._send(peer, FRAME.encode(small), b"")
+            for packed in _packed(small):
+                self._send(peer, packed, b"")
             for group in _frames([message for message in messages if isinstance(message, m.Forward)]):
                 self._send(peer, b"", FRAME.encode(group))
+
+
+def _packed(small: list[Any]) -> list[bytes]:
+    """Frames below the control lane's bound: a recovery opens all sessions at once, each with its whole prompt."""
+    if not small:
+        return []
+    data = _ENCODER.encode(small)
+    if len(data) <= MAX_MESSAGE or len(small) == 1:
+        return [data]
+    return _packed(small[: len(small) // 2]) + _packed(small[len(small) // 2 :])
 
 
 def _frames(forwards: list[m.Forward]) -> list[list[m.Pipeline]]:

@@ -17,7 +17,6 @@ import os
 import random
 import signal
 import socket
-import sys
 import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -39,9 +38,9 @@ from mesh.pipeline import stage as stage_core
 from mesh.types import ModelInfo, NodeId
 from node.api.app import ApiServer
 from node.api.context import ApiSettings
-from node.api.guard import check_bind, is_loopback
+from node.api.guard import is_loopback
 from node.ask import RUNTIME_FILE
-from node.boot import Boot, boot, remember_peers
+from node.boot import Boot
 from node.config import NodeConfig
 from node.coordinator import LOCAL, Coordinator, Pace, decode_placement
 from node.entry import Entry, LiveGeneration
@@ -49,21 +48,20 @@ from node.folder import DataFolder
 from node.identity import SealKey
 from node.lag import LagMeter
 from node.loader import Loader
-from node.machine import Machine, measure
+from node.machine import Machine
 from node.mail import Mail
-from node.net.address import bind_pair, format_address, parse_address
+from node.net.address import format_address, parse_address
 from node.net.inbound import Received
-from node.net.renewal import keep_renewed
 from node.outlook import Outlook
 from node.peers import PeerEvents, Peers
+from node.presence import Presence
 from node.record import AddModel, RecordKeeper
 from node.security.keyring import KeyRing
 from node.security.tls import PeerTls
 from node.service import NodeService
 from node.stage import StageService
-from node.telemetry import Telemetry, get_logger, setup_logging
+from node.telemetry import Telemetry, get_logger
 from node.weights.keeper import Weights
-from node.weights.offer import check_source
 from node.weights.serve import FILE_PATH, HAVE_PATH, DoorFiles, FileServer
 
 VERSION = "0.1.0"
@@ -73,43 +71,6 @@ DRAIN_S = 10.0
 """... for its own streams to end ..."""
 GOODBYE_S = 3.0
 """... and for the election and gossip to let it go."""
-PUBLISH_S = 0.25
-
-
-def run(config: NodeConfig) -> int:
-    """Run a node until it is told to leave; the exit status of the process."""
-    setup_logging(config.log_format)
-    if sys.platform != "win32":
-        import uvloop
-
-        return uvloop.run(_main(config))
-    return asyncio.run(_main(config))
-
-
-def first_of(group: BaseExceptionGroup[ConfigError]) -> ConfigError:
-    """The wrong setting that brought a node's tasks down."""
-    first = group.exceptions[0]
-    return first_of(first) if isinstance(first, BaseExceptionGroup) else first
-
-
-async def _main(config: NodeConfig) -> int:
-    with DataFolder(config.data_dir) as folder:
-        for wish in config.model:
-            await asyncio.to_thread(check_source, wish.source)
-        host, port = parse_address(config.listen, "--listen")
-        tcp, udp = bind_pair(host, port)
-        address = config.advertise or format_address(host, tcp.getsockname()[1])
-        booted = await boot(folder, config.token, (parse_address(address)[0],))
-        keys = booted.durable.committed.content.api_keys
-        check_bind(parse_address(config.api, "--api")[0], has_keys=bool(keys))
-        name = config.name or f"{socket.gethostname()}-{booted.identity.node_id[:4]}"
-        config = msgspec.structs.replace(config, name=name)
-        node = Node(config, folder, booted, address, await measure(config))
-        try:
-            await node.serve(tcp, udp)
-        except* ConfigError as group:
-            raise first_of(group) from None
-        return 0
 
 
 class Node:
@@ -119,12 +80,13 @@ class Node:
         self.config, self.folder, self.address, self.machine = config, folder, address, machine
         self.me, self.admin_key = booted.identity.node_id, folder.admin_key()
         self.draining = self.settled = self._hurried = False
-        self._booted = booted
+        self._booted, self.identity = booted, booted.identity
+        self.api_url = ""
         self._log = get_logger("node")
         self._stop, self._released, self._departed = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._tasks: asyncio.TaskGroup | None = None
-        self._offered: dict[str, ModelInfo] = {}
-        self._lag = LagMeter()
+        self.offered: dict[str, ModelInfo] = {}
+        self.lag = LagMeter()
         self.telemetry = Telemetry()
         self._build(booted)
 
@@ -155,7 +117,8 @@ class Node:
             spawn=self._spawn,
         )
         self.keeper = RecordKeeper(booted.identity, self.peers)
-        self.outlook = Outlook(self.me, self.peers, self.profile)
+        self.presence = Presence(self)
+        self.outlook = Outlook(self.me, self.peers, self.presence.profile)
         self.mail = Mail(self.me, self.peers.send_pipeline, self._deliver)
         self.engine = self.machine.make_engine(self.config)
         self.stage = StageService(
@@ -225,10 +188,10 @@ class Node:
             self.peers.election.run(),
             self.coordinator.run(),
             self.entry.renew_leases(),
-            self._publish(),
-            self._lag.run(),
-            self._remember(),
-            self._renew(),
+            self.presence.publish(),
+            self.lag.run(),
+            self.presence.remember(),
+            self.presence.renew(),
             self._come_in(),
             *([self.loader.run(), self._watch_engine()] if self.machine.holds_layers else []),
         ]
@@ -243,12 +206,11 @@ class Node:
             made = await self.service.token_create(86_400.0, None)
             mesh = self.peers.core.durable.mesh_id[:8]
             print(f"founded mesh {mesh}; others join with:\n  {made['command']}", flush=True)
-
         self.settled = True
 
     def _known(self) -> bool:
         """A coordinator is known, and what this node offers is in the record: before that nothing is ready."""
-        return bool(self.peers.core.leader) and all(self.keeper.serves(info) for info in self._offered.values())
+        return bool(self.peers.core.leader) and all(self.keeper.serves(info) for info in self.offered.values())
 
     async def _watch_engine(self) -> None:
         """A bug on the device thread stops the node: the mesh carries on without it."""
@@ -268,7 +230,7 @@ class Node:
     async def _leave(self) -> None:
         """Let others take over, let own streams end, hand over the vote, say goodbye."""
         self._log.info("leaving")
-        self._announce()
+        self.presence.announce()
         await self._until(lambda: not self._needed(), LEAVE_S)
         await self._until(lambda: not self.entry.sessions(), DRAIN_S)
         self.peers.election.cast(lambda core, now: core.leave(now))
@@ -284,7 +246,7 @@ class Node:
     async def _until(self, condition: Callable[[], bool], seconds: float) -> None:
         """Until it holds, the time is over, or a second signal asks to leave at once."""
         end = time.monotonic() + seconds
-        while not (condition() or self._hurried) and time.monotonic() < end:
+        while not (condition() or self._hurried) and time.monotonic() < end:  # noqa: ASYNC110  no event in common
             await asyncio.sleep(0.05)
 
     async def _close(self, api: ApiServer) -> None:
@@ -335,8 +297,8 @@ class Node:
     def _write_runtime(self, api_port: int) -> None:
         scheme = "http" if self.config.api_tls == "off" else "https"
         host = parse_address(self.config.api)[0]
-        self._api_url = self.config.api_advertise or f"{scheme}://{format_address(host, api_port)}"
-        runtime = {"pid": os.getpid(), "name": self.config.name, "api": self._api_url, "peer": self.address}
+        self.api_url = self.config.api_advertise or f"{scheme}://{format_address(host, api_port)}"
+        runtime = {"pid": os.getpid(), "name": self.config.name, "api": self.api_url, "peer": self.address}
         Path(self.folder.path / RUNTIME_FILE).write_text(json.dumps(runtime))
 
     # -- models --------------------------------------------------------------------------------------------------------
@@ -345,8 +307,8 @@ class Node:
         """Offer the model at ``source`` to the mesh as ``name``.  Raises ``ConfigError`` when it cannot be served."""
         found = await self.weights.offer(source, name, self.machine.dtype(self.config))
         await self.machine.check_servable(found.info, found.folder)
-        self._offered[name] = found.info
-        self._announce()
+        self.offered[name] = found.info
+        self.presence.announce()
         self._spawn(self._register(found.info))
         return found.info
 
@@ -359,69 +321,13 @@ class Node:
             except MeshError as error:
                 if error.status == 409:
                     self._log.error("model refused", model=info.id, why=str(error))
-                    self._offered.pop(info.id, None)
+                    self.offered.pop(info.id, None)
                     return
                 await asyncio.sleep(0.5)
 
     @property
     def supports_grammar(self) -> bool:
         return bool(getattr(self.engine, "supports_grammar", False))
-
-    # -- what this node says of itself ---------------------------------------------------------------------------------
-
-    def profile(self) -> Any:
-        """This node's row, as of now."""
-        return self.machine.profile(
-            self.config,
-            peer=self.address,
-            api=getattr(self, "_api_url", ""),
-            models=tuple(self._offered.values()),
-            loader=self.loader,
-            engine=self.engine,
-            seal_key=msgspec.msgpack.encode(self._booted.identity.seal_key),
-            draining=self.draining,
-            rtt_ms=self.peers.swim.median_rtt_ms(),
-            lag_ms=self._lag.p99_ms,
-        )
-
-    def _announce(self) -> None:
-        profile = self.profile()
-        self.peers.gossip.cast(lambda core, now: core.set_profile(profile, now))
-        self.outlook.touch()
-
-    async def _publish(self) -> None:
-        """The core decides what is news; here it only hears it often enough."""
-        while True:
-            await asyncio.sleep(PUBLISH_S)
-            self._announce()
-            self.peers.swim.note_lag(self._lag.worst_s())
-            self.telemetry.checkpoint_bytes.set(self.stage.core.checkpoint_bytes)
-
-    async def _remember(self) -> None:
-        """Where the others are, for a restart."""
-        known: tuple[tuple[NodeId, str], ...] = ()
-        while True:
-            await asyncio.sleep(5.0)
-            members = [x for x in self.peers.swim.members() if x.node != self.me and x.state == "alive"]
-            peers = tuple((x.node, x.address) for x in members[:32])
-            if peers and peers != known:
-                known = peers
-                await asyncio.to_thread(remember_peers, self.folder, peers)
-
-    async def _renew(self) -> None:
-        """A new certificate at half of the old one's life."""
-
-        def doors() -> tuple[str, ...]:
-            return (self.address, *(x.address for x in self.peers.swim.members() if x.state == "alive"))
-
-        await keep_renewed(
-            self._booted.identity,
-            self.folder,
-            self.tls,
-            (parse_address(self.address)[0],),
-            doors,
-            lambda why: self._log.warning("certificate not renewed yet", why=why),
-        )
 
     def _seal_key_of(self, node: NodeId) -> SealKey | None:
         member = self.view.member(node)
@@ -441,6 +347,8 @@ class Node:
         self.outlook.touch()
         if isinstance(event, gossip_events.MemberChanged):
             self._on_member(event)
+        elif isinstance(event, gossip_events.Confirmed):
+            self._on_confirmed(event.node, event.confirmations)
         elif isinstance(event, gossip_events.Departed):
             self._departed.set()
         elif isinstance(event, Rejected):
@@ -453,9 +361,16 @@ class Node:
                 self.telemetry.suspicions.inc()
         if event.new in ("dead", "left") and event.node != self.me:
             self.entry.lost(event.node, event.new)
-            self.peers.election.cast(lambda core, now: core.note_lost(event.node, now))
+            # Who has left said so itself; a death is believed with enough accusers (R8).
+            self._on_confirmed(event.node, event.confirmations + 2 * (event.new == "left"))
         infos: tuple[MemberInfo, ...] = self.outlook.electorate(time.monotonic())
         self.peers.election.cast(lambda core, now: core.note_members(infos, now))
+
+    def _on_confirmed(self, node: NodeId, confirmations: int) -> None:
+        """Enough observers hold ``node`` dead: the election need not wait for its silence."""
+        member = self.peers.swim.member(node)
+        if member is not None and member.state in ("dead", "left") and confirmations >= min(2, len(self.view.live())):
+            self.peers.election.cast(lambda core, now: core.note_lost(node, now))
 
     def _on_election(self, event: Any) -> None:
         self.keeper.noticed()
@@ -504,7 +419,7 @@ class Node:
 
     def _on_loaded(self) -> None:
         self.stage.set_spans(self.loader.spans)
-        self._announce()
+        self.presence.announce()
 
     def _on_recovered(self, generation: LiveGeneration, trace: session_core.Recovery) -> None:
         self.telemetry.recoveries.labels(trace.cause).inc()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from mesh.election.voters import MemberInfo
+from mesh.errors import ConfigError
 from mesh.placement import Placement
 from mesh.types import NodeId, NodeProfile
 from mesh.view import MemberView, MeshView
@@ -49,12 +50,14 @@ class Outlook:
             was = self._since.get(member.node)
             since = was[2] if was and was[:2] == (alive, gone) else now
             self._since[member.node] = (alive, gone, since)
+            profile = self._peers.swim.profile(member.node)
             infos.append(
                 MemberInfo(
                     id=member.node,
                     alive_since=since if alive else None,
                     dead_since=since if gone else None,
-                    domain=parse_address(member.address)[0] if member.address else "",
+                    domain=_host(member.address),
+                    can_vote=not (profile and profile.draining),
                 )
             )
         return tuple(infos)
@@ -83,3 +86,11 @@ class Outlook:
             term=core.term,
             degraded="" if core.leader else NO_COORDINATOR,
         )
+
+
+def _host(address: str) -> str:
+    """A member says its own address: one that is none must not stop the node."""
+    try:
+        return parse_address(address)[0]
+    except ConfigError:
+        return ""

@@ -9,11 +9,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from typing import Any
 
 import msgspec
 
+from mesh.core import Effect
 from mesh.election.events import Busy, NotLeader
-from mesh.election.record import ApiKey, Content, JoinToken
+from mesh.election.record import ApiKey, Content, JoinToken, Record
 from mesh.errors import MeshError, PeerError, PeerUnreachable, RequestError
 from mesh.types import ModelId, ModelInfo, NodeId
 from node.identity import Identity
@@ -62,7 +64,10 @@ class AddKey(Edit, frozen=True):
     keys: tuple[ApiKey, ...]
 
     def apply(self, content: Content) -> Content:
-        return msgspec.structs.replace(content, api_keys=(*content.api_keys, *self.keys))
+        """A key of several scopes has a row for each; tried twice it is there once."""
+        new = {key.id for key in self.keys}
+        kept = (key for key in content.api_keys if key.id not in new)
+        return msgspec.structs.replace(content, api_keys=(*kept, *self.keys))
 
 
 class RevokeKey(Edit, frozen=True):
@@ -196,19 +201,34 @@ class RecordKeeper:
                 if content == self._core.record.content:
                     return content
                 try:
-                    return await self._propose(content)
+                    committed = await self._propose(content)
                 except Busy:
                     pass
+                else:
+                    if committed is not None:
+                        return committed
+                    continue
             await _wait(changed, 0.2)
 
-    async def _propose(self, content: Content) -> Content:
-        await self._peers.election.call(lambda core, now: core.propose(now, content))
-        proposed = self._core.record
+    async def _propose(self, content: Content) -> Content | None:
+        """``None``: a record of another term was committed in its place, so that ``content`` may be lost."""
+        made: list[Record] = []
+
+        def propose(core: Any, now: float) -> list[Effect]:
+            effects: list[Effect] = core.propose(now, content)
+            made.append(core.record)  # here: when the effects are performed, it may be another already
+            return effects
+
+        await self._peers.election.call(propose)
+        proposed = made[0]
         while self._core.committed.id < proposed.id:
             if not self.leads:
                 raise NotLeader(self._core.leader)
             await _wait(self._event, 0.2)
-        return self._core.committed.content
+        committed = self._core.committed
+        # Records of one term follow each other; one of a later term holds ours only if it is the same (R4).
+        ours = committed.id.term == proposed.id.term or committed.hash == proposed.hash
+        return committed.content if ours else None
 
     async def _on_edit(self, sender: NodeId, payload: bytes) -> bytes:
         try:

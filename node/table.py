@@ -13,13 +13,13 @@ def print_status(document: dict[str, Any], *, clear: bool = False) -> None:
     console = Console()
     if clear:
         console.clear()
-    names = {member["id"]: member["name"] for member in document["members"]}
+    names = {member["id"]: escape(member["name"]) for member in document["members"]}
     coordinator = names.get(document["coordinator"], "none")
     voters = ", ".join(names.get(voter, voter[:8]) for voter in document["voters"])
     mesh = document["mesh_id"][:8]
     console.print(f"mesh {mesh}  coordinator {coordinator}  term {document['term']}  voters {voters}")
     if document["degraded"]:
-        console.print(f"[yellow]degraded: {document['degraded']}")
+        console.print(f"[yellow]degraded: {escape(document['degraded'])}")
     console.print(_members(document))
     console.print(_models(document, names))
     items = document["sessions"]["items"]
@@ -40,7 +40,8 @@ def _members(document: dict[str, Any]) -> Table:
         busy = f"{load['running']} running, {load['tokens_per_s']:.0f} tokens/s"
         colour = {"alive": "green", "suspect": "yellow", "dead": "red"}.get(member["state"], "dim")
         state = f"[{colour}]{member['state']}[/]"
-        table.add_row(member["name"], state, member["api"], member["peer"], spans or "-", busy)
+        said = (escape(member["name"]), state, escape(member["api"]), escape(member["peer"]))
+        table.add_row(*said, spans or "-", busy)
     return table
 
 
@@ -49,7 +50,7 @@ def _models(document: dict[str, Any], names: dict[str, str]) -> Table:
     for model in document["placement"]["models"]:
         spans = " ".join(f"{names.get(s['node'], s['node'][:8])}[{s['start']}:{s['end']}]" for s in model["spans"])
         survives = document["survivability"].get(model["id"], {}).get("nodes_that_may_fail", 0)
-        table.add_row(model["id"], model["missing"] or spans, f"any {survives} nodes failing")
+        table.add_row(escape(model["id"]), escape(model["missing"] or "") or spans, f"any {survives} nodes failing")
     return table
 
 
@@ -57,5 +58,6 @@ def _sessions(items: list[dict[str, Any]], names: dict[str, str]) -> Table:
     table = Table("SESSION", "MODEL", "CLASS", "ROUTE", "TOKENS", "RECOVERIES", box=None, pad_edge=False)
     for item in items:
         hops = " ".join(f"{names.get(h['node'], h['node'][:8])}[{h['start']}:{h['end']}]" for h in item["route"])
-        table.add_row(item["id"], item["model"], item["class"], hops, str(item["tokens"]), str(len(item["recoveries"])))
+        what = (escape(item["id"]), escape(item["model"]), item["class"])
+        table.add_row(*what, hops, str(item["tokens"]), str(len(item["recoveries"])))
     return table

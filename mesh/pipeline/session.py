@@ -47,7 +47,9 @@ class SessionConfig(msgspec.Struct, frozen=True):
     backoff_s: float = 0.05
     backoff_max_s: float = 2.0
     suspect_s: float = 10.0
-    """A hop that was lost is not chosen again for this long."""
+    """A hop that was lost is not chosen again for this long ..."""
+    forgive_s: float = 2.0
+    """... or, where nobody else holds its layers, for this long."""
 
 
 class State(Enum):
@@ -225,6 +227,8 @@ class Session:
             return []
         if not self._begun and self._incident is None:
             return self._fail("no_route", why)
+        lost_before = now + self.config.suspect_s - self.config.forgive_s
+        self._suspects = {node: until for node, until in self._suspects.items() if until > lost_before}
         self._retry_at = now + self._backoff()
         return []
 
@@ -355,7 +359,7 @@ class Session:
             return self._fail("no_route" if not self._begun else "session_lost", message.why)
         self.state = State.ROUTING
         self._resend_at = self._open_by = self._stall_at = self._silent_at = None
-        self._retry_at = now + max(self._backoff(), message.retry_after_s)
+        self._retry_at = now + min(max(self._backoff(), message.retry_after_s), self.config.backoff_max_s)
         return []
 
     def _elsewhere(self, index: int, message: m.Refused, now: float) -> list[Effect]:

@@ -89,7 +89,7 @@ async def _add_headers(request: web.Request, response: web.StreamResponse) -> No
 def _log(request: web.Request, context: Context, status: int) -> None:
     resource = request.match_info.route.resource
     log = get_logger("api")
-    quiet = request.method == "GET" and status < 500
+    quiet = request.method == "GET" and status != 500
     (log.debug if quiet else log.info)(
         "request",
         method=request.method,

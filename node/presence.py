@@ -1,0 +1,104 @@
+"""What a node says of itself: its profile to the mesh, its figures to Prometheus, its certificate, its last peers."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from mesh.types import NodeId, NodeProfile
+from node.boot import remember_peers
+from node.net.address import parse_address
+from node.net.renewal import keep_renewed
+from node.telemetry import get_logger
+
+if TYPE_CHECKING:
+    from node.node import Node
+
+PUBLISH_S = 0.25
+REMEMBER_S = 5.0
+REMEMBERED = 32
+
+
+class Presence:
+    """Says it, and says it again when it changes."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self._log = get_logger("presence")
+
+    def profile(self) -> NodeProfile:
+        """This node's row, as of now."""
+        node = self._node
+        return node.machine.profile(
+            node.config,
+            peer=node.address,
+            api=node.api_url,
+            models=tuple(node.offered.values()),
+            loader=node.loader,
+            engine=node.engine,
+            seal_key=msgspec.msgpack.encode(node.identity.seal_key),
+            draining=node.draining,
+            rtt_ms=node.peers.swim.median_rtt_ms(),
+            lag_ms=node.lag.p99_ms,
+        )
+
+    def announce(self) -> None:
+        """Something that others should know has changed."""
+        profile = self.profile()
+        self._node.peers.gossip.cast(lambda core, now: core.set_profile(profile, now))
+        self._node.outlook.touch()
+
+    async def publish(self) -> None:
+        """Until cancelled.  The core decides what is news; here it only hears it often enough."""
+        peers, lag = self._node.peers, self._node.lag
+        while True:
+            await asyncio.sleep(PUBLISH_S)
+            self.announce()
+            peers.swim.note_lag(lag.worst_s())
+            peers.core.note_health(peers.swim.local_health(time.monotonic()))
+            self._measure()
+
+    def _measure(self) -> None:
+        """Gauges for /metrics."""
+        node, telemetry = self._node, self._node.telemetry
+        stats = node.engine.stats()
+        telemetry.checkpoint_bytes.set(node.stage.core.checkpoint_bytes)
+        telemetry.kv_usage.set(stats.used_bytes / node.machine.kv_bytes if node.machine.kv_bytes else 0.0)
+        states = Counter(member.state for member in node.view.members)
+        for state in ("alive", "suspect", "dead", "left"):
+            telemetry.members.labels(state).set(states[state])
+
+    async def remember(self) -> None:
+        """Until cancelled: where the others are, for a restart; and how long the certificate is good for."""
+        known: tuple[tuple[NodeId, str], ...] = ()
+        node = self._node
+        while True:
+            await asyncio.sleep(REMEMBER_S)
+            membership = node.folder.membership()
+            if membership is not None:
+                node.telemetry.cert_expiry.set(membership.expires - time.time())
+            members = [x for x in node.peers.swim.members() if x.node != node.me and x.state == "alive"]
+            peers = tuple((x.node, x.address) for x in members[:REMEMBERED])
+            if peers and peers != known:
+                known = peers
+                await asyncio.to_thread(remember_peers, node.folder, peers)
+
+    async def renew(self) -> None:
+        """Until cancelled: a new certificate at half of the old one's life."""
+        node = self._node
+
+        def doors() -> tuple[str, ...]:
+            return (node.address, *(x.address for x in node.peers.swim.members() if x.state == "alive"))
+
+        await keep_renewed(
+            node.identity,
+            node.folder,
+            node.tls,
+            (parse_address(node.address)[0],),
+            doors,
+            lambda why: self._log.warning("certificate not renewed yet", why=why),
+        )
