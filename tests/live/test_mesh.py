@@ -115,7 +115,7 @@ def test_a_stream_outlives_a_node_of_its_route(
 
 
 def test_64_streams_run_the_next_wait_and_beyond_that_429(llama_mesh: LocalMesh) -> None:
-    entry, wanted = llama_mesh.nodes[0], body(40, **GREEDY)
+    entry, wanted = llama_mesh.nodes[0], body(80, **GREEDY)
     expected = read(entry, wanted)["tokens"]
     with ThreadPoolExecutor(68) as pool:
         streams = [pool.submit(read, entry, wanted) for _ in range(68)]
