@@ -90,9 +90,7 @@ class Coordinator:
 
     def _due(self) -> bool:
         now, pace = self._clock(), self._pace
-        return (
-            self._stable() and now - self._planned_at >= pace.between_s and now - self._led_since >= pace.new_term_s
-        )
+        return self._stable() and now - self._planned_at >= pace.between_s and now - self._led_since >= pace.new_term_s
 
     async def _act(self) -> None:
         """One commit at most: the CA's key for new members, else a better placement."""

@@ -275,6 +275,8 @@ class StageCore:
         hop = self._sessions.get(message.session)
         if hop is not None and message.epoch <= hop.epoch:
             return self._opened(message.session, hop, now) if message.epoch == hop.epoch else []
+        if any(o.session == message.session and o.epoch >= message.epoch for o in self._reserving.values()):
+            return []  # sent again, while the engine is still being asked
         refusal = self._refusal(message)
         if refusal is not None:
             fetch = [Emit(FetchPlacement(sender, message.placement_id))] if refusal.code == "unknown_placement" else []
@@ -317,6 +319,7 @@ class StageCore:
         return (mine.start, mine.end) == (was.start, was.end) and ends == (hop.first, hop.last)
 
     def _reserve(self, message: m.Open) -> list[Effect]:
+        self._stop_reserving(message.session, message.epoch)
         self._serial += 1
         key = f"{message.session}#{self._serial}"
         self._reserving[key] = message
@@ -329,6 +332,12 @@ class StageCore:
         hops = len(message.route.hops)
         room = (message.max_positions, message.priority, hops)
         return [Emit(Reserve(key, message.route.model, mine.start, mine.end, *room, sampling, tokens))]
+
+    def _stop_reserving(self, session: m.SessionId, epoch: m.Epoch) -> None:
+        """What is asked for under ``epoch`` or an older one is freed as soon as it is reserved."""
+        for key, opening in list(self._reserving.items()):
+            if opening.session == session and opening.epoch <= epoch:
+                del self._reserving[key]
 
     def _resume(self, hop: _Hop, message: m.Open, now: float) -> list[Effect]:
         """Keep what follows from the accepted tokens.  The sampler's last position is computed again, to draw."""
@@ -349,9 +358,7 @@ class StageCore:
         hop = self._sessions.get(message.session)
         if sender != message.epoch[1]:
             return [Emit(Rejected(sender, "releases another owner's session"))]
-        for key, opening in list(self._reserving.items()):
-            if opening.session == message.session and opening.epoch <= message.epoch:
-                del self._reserving[key]
+        self._stop_reserving(message.session, message.epoch)
         if hop is None or message.epoch < hop.epoch:
             self._unhold(message.session)
             return []
@@ -378,7 +385,7 @@ class StageCore:
     # -- frames that came before their Open ----------------------------------------------------------------------------
 
     def _hold(self, message: m.PipelineMessage, sender: NodeId, now: float) -> list[Effect]:
-        size = len(message.payload) if isinstance(message, m.Forward) else 64
+        size = _size(message)
         if self._held_frames >= self.config.held_frames or self._held_bytes + size > self.config.held_bytes:
             return []  # what is dropped here is asked for again by Gap
         self._held.setdefault(message.session, []).append((now, sender, message))
@@ -389,7 +396,7 @@ class StageCore:
     def _unhold(self, session: m.SessionId) -> list[tuple[float, NodeId, m.PipelineMessage]]:
         frames = self._held.pop(session, [])
         self._held_frames -= len(frames)
-        self._held_bytes -= sum(len(f.payload) if isinstance(f, m.Forward) else 64 for _, _, f in frames)
+        self._held_bytes -= sum(_size(message) for _, _, message in frames)
         return frames
 
     # -- the flow of positions -----------------------------------------------------------------------------------------
@@ -495,6 +502,8 @@ class StageCore:
     def _on_feed(self, hop: _Hop, message: m.Feed, sender: NodeId) -> list[Effect]:
         if not hop.first or sender != hop.before:
             return [Emit(Rejected(sender, "feeds tokens to a hop that it is not the sampler of"))]
+        if message.start < 0 or message.start + len(message.tokens) > hop.open.max_positions:
+            return [Emit(Rejected(sender, "feeds tokens past the end of the session"))]
         if message.start > len(hop.tokens):
             return [Send(sender, m.Gap(message.session, hop.epoch, len(hop.tokens)))]
         hop.tokens += message.tokens[len(hop.tokens) - message.start :]
@@ -508,6 +517,8 @@ class StageCore:
 
     def _on_progress(self, hop: _Hop, message: m.Progress, sender: NodeId) -> list[Effect]:
         """Say where this hop stands, and ask (and give) again what a lost frame may have carried."""
+        if sender != hop.owner:
+            return [Emit(Rejected(sender, "asks after another owner's session"))]
         session = message.session
         effects = self._on_ack(hop, m.Ack(session, message.epoch, message.accepted), sender)
         standing = m.Progressing(session, hop.epoch, hop.index, hop.submitted, hop.done, len(hop.tokens))
@@ -544,6 +555,13 @@ class StageCore:
             freed = hop.checkpoints.drop()
             self.checkpoint_bytes -= freed
             self.checkpoints_dropped += bool(freed)
+
+
+def _size(message: m.PipelineMessage) -> int:
+    """About what a held message takes in memory."""
+    if isinstance(message, m.Forward):
+        return 64 + len(message.payload)
+    return 64 + (8 * len(message.tokens) if isinstance(message, m.Feed) else 0)
 
 
 def _mine(message: m.Open) -> Hop:

@@ -1,0 +1,799 @@
+"""Every transition of a hop's session: what it asks of the engine, what it sends, what it refuses to believe."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from mesh.core import Effect, Emit, Rejected, Send
+from mesh.pipeline import messages as m
+from mesh.pipeline import stage as s
+from mesh.types import Hop, LayerSpan, Route, SamplingParams
+
+OWNER, ME, STRANGER = "owner", "me", "stranger"
+PLACEMENT = (1, 5)
+PROMPT = (10, 11, 12, 13)
+MAX_TOKENS = 60
+ROW = 4
+
+Events = list[Any]
+
+
+def route(at: int, hops: int = 3) -> Route:
+    """This node at hop ``at``, two layers a hop."""
+    nodes = [ME if index == at else f"hop{index}" for index in range(hops)]
+    return Route("toy", tuple(Hop(node, 2 * index, 2 * index + 2) for index, node in enumerate(nodes)))
+
+
+def request(max_tokens: int = MAX_TOKENS, stop: tuple[int, ...] = (), scored: bool = False) -> m.SessionRequest:
+    sampling = SamplingParams(max_tokens=max_tokens, stop_token_ids=stop)
+    return m.SessionRequest(model="toy", prompt=PROMPT, sampling=sampling, prompt_logprobs=scored)
+
+
+def opening(at: int, counter: int = 1, drawn: tuple[int, ...] = (), hops: int = 3, **more: Any) -> m.Open:
+    ends = at in (0, hops - 1)
+    ask = more.pop("ask", request())
+    fields: dict[str, Any] = {
+        "route": route(at, hops),
+        "hop": at,
+        "placement_id": PLACEMENT,
+        "max_positions": ask.max_positions,
+        "priority": "normal",
+        "accepted": len(PROMPT) + len(drawn),
+        "request": ask if ends else None,
+        "drawn": drawn if ends else (),
+    }
+    return m.Open("s", (counter, OWNER), **{**fields, **more})
+
+
+def rows(start: int, n: int) -> memoryview:
+    return memoryview(b"".join(bytes([position % 256]) * ROW for position in range(start, start + n)))
+
+
+def sends(effects: list[Effect]) -> list[tuple[str, Any]]:
+    return [(effect.to, effect.message) for effect in effects if isinstance(effect, Send)]
+
+
+def events(effects: list[Effect]) -> Events:
+    return [effect.event for effect in effects if isinstance(effect, Emit)]
+
+
+def only(effects: list[Effect], kind: type) -> Any:
+    found = [x for x in [*events(effects), *(message for _, message in sends(effects))] if isinstance(x, kind)]
+    assert len(found) == 1, (kind, effects)
+    return found[0]
+
+
+def rejected(effects: list[Effect], sender: str) -> bool:
+    """Nothing but a complaint about ``sender``."""
+    return (
+        [type(event) for event in events(effects)] == [Rejected]
+        and not sends(effects)
+        and (only(effects, Rejected).sender == sender)
+    )
+
+
+class Hopper:
+    """One hop of one session, with an engine that has room and answers when told to."""
+
+    def __init__(self, at: int, hops: int = 3, config: s.StageConfig | None = None, **more: Any) -> None:
+        self.at, self.epoch = at, (1, OWNER)
+        self.core = s.StageCore(ME, config)
+        self.core.activate(PLACEMENT)
+        self.core.set_spans([LayerSpan("toy", 0, 2 * hops)])
+        self.work: list[s.Compute] = []
+        self.before, self.behind = f"hop{(at - 1) % hops}", f"hop{(at + 1) % hops}"
+        self.opened = self.open(opening(at, hops=hops, **more))
+
+    def note(self, effects: list[Effect]) -> list[Effect]:
+        for event in events(effects):
+            if isinstance(event, s.Compute):
+                self.work.append(event)
+            elif isinstance(event, s.Truncate | s.Free):
+                self.work.clear()
+        return effects
+
+    def open(self, message: m.Open, now: float = 0.0) -> list[Effect]:
+        effects = self.receive(message, OWNER, now)
+        self.epoch = message.epoch
+        for event in events(effects):
+            if isinstance(event, s.Reserve):
+                self.key = event.key
+                effects = [*effects, *self.note(self.core.reserved(event.key, now))]
+        return effects
+
+    def receive(self, message: Any, sender: str, now: float = 0.0) -> list[Effect]:
+        return self.note(self.core.receive(message, sender, now))
+
+    def forward(self, start: int, n: int) -> list[Effect]:
+        return self.receive(m.Forward("s", self.epoch, start, n, rows(start, n)), self.before)
+
+    def gap(self, expected: int) -> list[Effect]:
+        return self.receive(m.Gap("s", self.epoch, expected), self.behind)
+
+    def feed(self, start: int, *tokens: int) -> list[Effect]:
+        return self.receive(m.Feed("s", self.epoch, start, tokens), self.before)
+
+    def compute(self, token: int | None = None) -> list[Effect]:
+        """The engine answers the oldest work."""
+        work = self.work.pop(0)
+        hidden = None if self.last else rows(work.start, work.n)
+        drawn = token if work.sample else None
+        return self.note(
+            self.core.computed([s.Computed(work.key, work.tag, work.start, work.n, hidden, token=drawn)], 0.0)
+        )
+
+    @property
+    def hop(self) -> Any:
+        return self.core._sessions["s"]
+
+    @property
+    def last(self) -> bool:
+        return bool(self.hop.last)
+
+    def standing(self) -> tuple[int, int]:
+        """(handed to the engine, computed)."""
+        return self.hop.submitted, self.hop.done
+
+
+# -- opening -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_middle_hop_reserves_then_asks_for_everything() -> None:
+    hopper = Hopper(1)
+    assert only(hopper.opened, s.Reserve) == s.Reserve("s#1", "toy", 2, 4, 64, "normal", 3, None, ())
+    assert sends(hopper.opened) == [
+        (OWNER, m.Opened("s", (1, OWNER), 1, 0)),
+        ("hop0", m.Gap("s", (1, OWNER), 0)),
+    ]
+
+
+def test_the_sampler_is_given_the_tokens_and_how_to_draw() -> None:
+    reserve = only(Hopper(2, drawn=(20, 21)).opened, s.Reserve)
+    assert (reserve.sampling, reserve.tokens) == (request().sampling, (*PROMPT, 20, 21))
+
+
+def test_the_first_hop_computes_the_prompt_at_once() -> None:
+    work = only(Hopper(0).opened, s.Compute)
+    assert (work.start, work.n, work.tokens, work.hidden, work.sample) == (0, 4, PROMPT, None, False)
+
+
+def test_the_first_hop_computes_drawn_tokens_too_when_a_route_is_rebuilt() -> None:
+    assert only(Hopper(0, drawn=(20, 21)).opened, s.Compute).tokens == (*PROMPT, 20, 21)
+
+
+@pytest.mark.parametrize(
+    ("message", "sender"),
+    [
+        (opening(1), STRANGER),
+        (opening(1, hop=3), OWNER),
+        (opening(1, hop=-1), OWNER),
+        (opening(1, hop=0), OWNER),
+        (opening(0, request=None), OWNER),
+        (opening(2, request=None), OWNER),
+        (opening(0, accepted=5), OWNER),
+        (opening(2, accepted=3), OWNER),
+        (opening(2, drawn=(20,), accepted=4), OWNER),
+        (opening(1, route=Route("toy", ())), OWNER),
+    ],
+)
+def test_hostile_opens(message: m.Open, sender: str) -> None:
+    core = s.StageCore(ME)
+    core.activate(PLACEMENT)
+    core.set_spans([LayerSpan("toy", 0, 6)])
+    assert rejected(core.receive(message, sender, 0.0), sender)
+    assert core.sessions() == []
+
+
+@pytest.mark.parametrize(
+    ("placement", "spans", "code"),
+    [
+        ((1, 4), [LayerSpan("toy", 0, 6)], "stale_placement"),
+        ((0, 9), [LayerSpan("toy", 0, 6)], "stale_placement"),
+        ((1, 6), [LayerSpan("toy", 0, 6)], "unknown_placement"),
+        ((2, 0), [LayerSpan("toy", 0, 6)], "unknown_placement"),
+        (PLACEMENT, [], "not_held"),
+        (PLACEMENT, [LayerSpan("toy", 0, 3)], "not_held"),
+        (PLACEMENT, [LayerSpan("other", 0, 6)], "not_held"),
+        (PLACEMENT, [LayerSpan("toy", 0, 3), LayerSpan("toy", 3, 6)], "not_held"),
+    ],
+)
+def test_what_cannot_be_served_is_refused(placement: tuple[int, int], spans: list[LayerSpan], code: str) -> None:
+    core = s.StageCore(ME)
+    core.activate(PLACEMENT)
+    core.set_spans(spans)
+    effects = core.receive(opening(1, placement_id=placement), OWNER, 0.0)
+    assert [(to, x.code, x.hop) for to, x in sends(effects)] == [(OWNER, code, 1)]
+    fetches = [s.FetchPlacement(OWNER, placement)] if code == "unknown_placement" else []
+    assert events(effects) == fetches
+
+
+def test_the_placement_never_goes_back() -> None:
+    core = s.StageCore(ME)
+    core.activate((1, 5))
+    core.activate((1, 4))
+    assert core.placement_id == (1, 5)
+
+
+def test_an_open_sent_again_is_answered_and_reserves_nothing() -> None:
+    hopper = Hopper(1)
+    hopper.forward(0, 4)
+    again = hopper.open(opening(1))
+    assert sends(again) == [(OWNER, m.Opened("s", (1, OWNER), 1, 4)), ("hop0", m.Gap("s", (1, OWNER), 4))]
+    assert events(again) == []
+
+
+def test_an_open_of_an_older_epoch_is_ignored() -> None:
+    hopper = Hopper(1, counter=3)
+    assert hopper.receive(opening(1, counter=2), OWNER) == []
+    assert hopper.hop.epoch == (3, OWNER)
+
+
+def test_a_running_session_may_be_asked_again_under_an_old_placement() -> None:
+    hopper = Hopper(1)
+    hopper.core.activate((1, 6))
+    assert only(hopper.open(opening(1)), m.Opened).kept == 0
+
+
+def test_a_full_engine_is_said_to_the_owner_and_nothing_is_kept() -> None:
+    core = s.StageCore(ME)
+    core.activate(PLACEMENT)
+    core.set_spans([LayerSpan("toy", 0, 6)])
+    key = only(core.receive(opening(1), OWNER, 0.0), s.Reserve).key
+    assert core.sessions() == []
+    answer = core.refused(key, "busy", "full", 3.0)
+    assert sends(answer) == [(OWNER, m.Refused("s", (1, OWNER), 1, "busy", "full", 3.0))]
+    assert core.refused(key, "busy", "full", 3.0) == []
+    assert events(core.reserved(key, 0.0)) == [s.Free(key)]
+
+
+def asked(core: s.StageCore, message: m.Open) -> list[str]:
+    """Keys that the engine is asked to reserve."""
+    return [event.key for event in events(core.receive(message, OWNER, 0.0)) if isinstance(event, s.Reserve)]
+
+
+def test_a_session_released_while_the_engine_is_asked_is_freed_on_its_answer() -> None:
+    core = s.StageCore(ME)
+    core.activate(PLACEMENT)
+    core.set_spans([LayerSpan("toy", 0, 6)])
+    (key,) = asked(core, opening(1))
+    assert core.receive(m.Release("s", (1, OWNER)), OWNER, 0.0) == []
+    assert core.reserved(key, 0.0) == [Emit(s.Free(key))]
+    assert core.sessions() == []
+
+
+def test_an_open_sent_again_while_the_engine_is_asked_reserves_once() -> None:
+    core = s.StageCore(ME)
+    core.activate(PLACEMENT)
+    core.set_spans([LayerSpan("toy", 0, 6)])
+    (key,) = asked(core, opening(1, counter=2))
+    assert asked(core, opening(1, counter=2)) == []
+    assert asked(core, opening(1, counter=1)) == []
+    assert only(core.reserved(key, 0.0), m.Opened).epoch == (2, OWNER)
+
+
+def test_a_newer_open_while_the_engine_is_asked_takes_the_olders_place() -> None:
+    core = s.StageCore(ME)
+    core.activate(PLACEMENT)
+    core.set_spans([LayerSpan("toy", 0, 6)])
+    (old,) = asked(core, opening(1))
+    (new,) = asked(core, opening(1, counter=2))
+    assert core.reserved(old, 0.0) == [Emit(s.Free(old))]
+    assert only(core.reserved(new, 0.0), m.Opened).epoch == (2, OWNER)
+    assert events(core.receive(m.Release("s", (2, OWNER)), OWNER, 0.0)) == [s.Free(new)]
+
+
+# -- the flow of positions ---------------------------------------------------------------------------------------------
+
+
+def test_hidden_states_are_computed_as_they_come() -> None:
+    hopper = Hopper(1)
+    work = only(hopper.forward(0, 3), s.Compute)
+    assert (work.start, work.n, work.tokens, bytes(work.hidden)) == (0, 3, (), bytes(rows(0, 3)))
+    assert not work.sample
+    assert only(hopper.forward(3, 1), s.Compute).start == 3
+
+
+def test_what_is_known_already_is_not_computed_again() -> None:
+    hopper = Hopper(1)
+    hopper.forward(0, 4)
+    assert hopper.forward(0, 4) == []
+    assert hopper.forward(1, 2) == []
+    work = only(hopper.forward(2, 4), s.Compute)
+    assert (work.start, work.n, bytes(work.hidden)) == (4, 2, bytes(rows(4, 2)))
+
+
+def test_frames_behind_a_lost_one_ask_for_it_once() -> None:
+    hopper = Hopper(1)
+    hopper.forward(0, 2)
+    assert sends(hopper.forward(3, 1)) == [("hop0", m.Gap("s", (1, OWNER), 2))]
+    assert hopper.forward(4, 1) == []
+    assert only(hopper.forward(2, 4), s.Compute).n == 4
+    assert sends(hopper.forward(7, 1)) == [("hop0", m.Gap("s", (1, OWNER), 6))]
+
+
+@pytest.mark.parametrize(
+    ("at", "sender", "start", "n", "size"),
+    [
+        (1, STRANGER, 0, 1, ROW),
+        (1, OWNER, 0, 1, ROW),
+        (1, "hop2", 0, 1, ROW),
+        (0, "hop2", 0, 1, ROW),
+        (1, "hop0", 0, 0, 0),
+        (1, "hop0", 0, -1, ROW),
+        (1, "hop0", -1, 1, ROW),
+        (1, "hop0", 0, 3, 3 * ROW + 1),
+        (1, "hop0", 60, 5, 5 * ROW),
+        (2, "hop1", 0, 5, 5 * ROW),
+    ],
+)
+def test_hostile_forwards(at: int, sender: str, start: int, n: int, size: int) -> None:
+    hopper = Hopper(at)
+    before = hopper.standing()
+    message = m.Forward("s", (1, OWNER), start, n, memoryview(bytes(size)))
+    assert rejected(hopper.receive(message, sender), sender)
+    assert hopper.standing() == before
+
+
+def test_nothing_crosses_a_boundary_before_the_hop_behind_has_said_from_where() -> None:
+    hopper = Hopper(1)
+    hopper.forward(0, 4)
+    assert sends(hopper.compute()) == []
+    assert sends(hopper.gap(0)) == [("hop2", m.Forward("s", (1, OWNER), 0, 4, rows(0, 4)))]
+    hopper.forward(4, 1)
+    assert sends(hopper.compute()) == [("hop2", m.Forward("s", (1, OWNER), 4, 1, rows(4, 1)))]
+
+
+def test_what_is_kept_does_not_share_the_engines_memory() -> None:
+    hopper = Hopper(1)
+    hopper.forward(0, 2)
+    work, step = hopper.work.pop(), bytearray(rows(0, 2))
+    hopper.core.computed([s.Computed(work.key, work.tag, 0, 2, memoryview(step))], 0.0)
+    step[:] = bytes(len(step))
+    assert bytes(only(hopper.gap(0), m.Forward).payload) == bytes(rows(0, 2))
+
+
+def test_a_gap_sends_what_is_kept_from_there_on() -> None:
+    hopper = Hopper(1)
+    hopper.forward(0, 4)
+    hopper.compute()
+    hopper.gap(0)
+    assert only(hopper.gap(2), m.Forward) == m.Forward("s", (1, OWNER), 2, 2, rows(2, 2))
+    assert hopper.gap(4) == []
+
+
+def test_a_hop_behind_that_has_more_than_is_computed_is_sent_only_what_it_lacks() -> None:
+    hopper = Hopper(1)
+    hopper.gap(3)
+    hopper.forward(0, 2)
+    assert sends(hopper.compute()) == []
+    hopper.forward(2, 3)
+    assert only(hopper.compute(), m.Forward) == m.Forward("s", (1, OWNER), 3, 2, rows(3, 2))
+
+
+@pytest.mark.parametrize(
+    ("at", "sender", "expected"), [(1, "hop0", 0), (1, STRANGER, 0), (2, "hop1", 0), (1, "hop2", -1)]
+)
+def test_hostile_gaps(at: int, sender: str, expected: int) -> None:
+    assert rejected(Hopper(at).receive(m.Gap("s", (1, OWNER), expected), sender), sender)
+
+
+# -- the budget of checkpoints, and rolling back -----------------------------------------------------------------------
+
+
+def over_budget() -> Hopper:
+    """A middle hop whose checkpoints [0, 4) the budget took."""
+    hopper = Hopper(1, config=s.StageConfig(checkpoint_bytes=3 * ROW))
+    hopper.gap(0)
+    hopper.forward(0, 4)
+    hopper.compute()
+    assert (hopper.core.checkpoint_bytes, hopper.core.checkpoints_dropped) == (0, 1)
+    return hopper
+
+
+def test_past_the_budget_a_session_that_runs_goes_on() -> None:
+    hopper = over_budget()
+    hopper.forward(4, 1)
+    assert only(hopper.compute(), m.Forward).start == 4
+    assert hopper.core.checkpoint_bytes == ROW
+
+
+def test_a_gap_below_what_is_kept_rolls_back_and_asks_the_hop_before() -> None:
+    hopper = over_budget()
+    hopper.forward(4, 2)
+    effects = hopper.gap(1)
+    assert events(effects) == [s.Truncate(hopper.key, 1)]
+    assert sends(effects) == [("hop0", m.Gap("s", (1, OWNER), 1))]
+    assert hopper.standing() == (1, 1)
+    work = only(hopper.forward(1, 5), s.Compute)
+    assert (work.start, work.n, work.tag) == (1, 5, 1)
+    assert only(hopper.compute(), m.Forward) == m.Forward("s", (1, OWNER), 1, 5, rows(1, 5))
+
+
+def test_results_from_before_a_roll_back_are_void() -> None:
+    hopper = over_budget()
+    hopper.forward(4, 2)
+    old = hopper.work[0]
+    hopper.gap(1)
+    assert hopper.core.computed([s.Computed(old.key, old.tag, old.start, old.n, rows(4, 2))], 0.0) == []
+    assert hopper.standing() == (1, 1)
+
+
+def test_the_first_hop_rolls_back_to_the_tokens() -> None:
+    hopper = Hopper(0, config=s.StageConfig(checkpoint_bytes=0))
+    hopper.gap(0)
+    hopper.compute()
+    work = only(hopper.gap(1), s.Compute)
+    assert (work.start, work.tokens) == (1, PROMPT[1:])
+
+
+def test_the_oldest_sessions_lose_their_checkpoints_first() -> None:
+    core = s.StageCore(ME, s.StageConfig(checkpoint_bytes=3 * ROW))
+    core.activate(PLACEMENT)
+    core.set_spans([LayerSpan("toy", 0, 6)])
+    for name in ("old", "new"):
+        message = opening(1)
+        core.reserved(only(core.receive(_named(message, name), OWNER, 0.0), s.Reserve).key, 0.0)
+        frame = m.Forward(name, (1, OWNER), 0, 2, rows(0, 2))
+        work = only(core.receive(frame, "hop0", 0.0), s.Compute)
+        core.computed([s.Computed(work.key, work.tag, 0, 2, rows(0, 2))], 0.0)
+    assert core.checkpoint_bytes == 2 * ROW
+    assert events(core.receive(m.Gap("old", (1, OWNER), 0), "hop2", 0.0)) == [s.Truncate("old#1", 0)]
+    assert only(core.receive(m.Gap("new", (1, OWNER), 0), "hop2", 0.0), m.Forward).n == 2
+
+
+def _named(message: m.Open, session: str) -> m.Open:
+    fields = {name: getattr(message, name) for name in message.__struct_fields__}
+    return m.Open(**{**fields, "session": session})
+
+
+def test_checkpoints_are_counted_exactly() -> None:
+    hopper = Hopper(1)
+    hopper.gap(0)
+    hopper.forward(0, 4)
+    hopper.compute()
+    assert hopper.core.checkpoint_bytes == 4 * ROW
+    hopper.open(opening(1, counter=2, accepted=3))
+    assert hopper.core.checkpoint_bytes == 3 * ROW
+    hopper.receive(m.Release("s", (2, OWNER)), OWNER)
+    assert hopper.core.checkpoint_bytes == 0
+
+
+# -- the sampler -------------------------------------------------------------------------------------------------------
+
+
+def test_the_sampler_draws_at_the_frontier_only() -> None:
+    hopper = Hopper(2, drawn=(20, 21))
+    assert not only(hopper.forward(0, 5), s.Compute).sample
+    assert only(hopper.forward(5, 1), s.Compute).sample
+
+
+def test_a_drawn_token_goes_to_the_owner_and_to_the_first_hop() -> None:
+    hopper = Hopper(2)
+    hopper.forward(0, 4)
+    assert sends(hopper.compute(token=30)) == [
+        (OWNER, m.Token("s", (1, OWNER), 4, 30)),
+        ("hop0", m.Feed("s", (1, OWNER), 4, (30,))),
+    ]
+
+
+@pytest.mark.parametrize("ask", [request(stop=(30,)), request(max_tokens=1)])
+def test_the_sampler_feeds_nothing_back_once_it_is_complete(ask: m.SessionRequest) -> None:
+    hopper = Hopper(2, ask=ask)
+    hopper.forward(0, 4)
+    assert sends(hopper.compute(token=30)) == [(OWNER, m.Token("s", (1, OWNER), 4, 30))]
+
+
+def test_the_sampler_tells_the_first_hop_what_it_lacks() -> None:
+    hopper = Hopper(2, drawn=(20, 21, 22))
+    assert sends(hopper.gap(5)) == [("hop0", m.Feed("s", (1, OWNER), 5, (21, 22)))]
+    assert hopper.gap(7) == []
+
+
+def test_prompt_logprobs_go_to_the_owner() -> None:
+    hopper = Hopper(2, ask=request(scored=True))
+    work = only(hopper.forward(0, 3), s.Compute)
+    assert work.prompt_logprobs
+    scores = ((-1.0, ()), (-2.0, ()))
+    result = s.Computed(work.key, work.tag, 0, 2, prompt_logprobs=scores)
+    assert sends(hopper.core.computed([result], 0.0)) == [(OWNER, m.PromptLogprobs("s", (1, OWNER), 1, scores))]
+
+
+def test_a_route_of_one_hop_feeds_itself() -> None:
+    hopper = Hopper(0, hops=1)
+    assert only(hopper.opened, s.Compute).sample
+    effects = hopper.compute(token=30)
+    assert sends(effects) == [(OWNER, m.Token("s", (1, OWNER), 4, 30))]
+    work = only(effects, s.Compute)
+    assert (work.start, work.tokens, work.sample) == (4, (30,), True)
+
+
+# -- the first hop -----------------------------------------------------------------------------------------------------
+
+
+def test_fed_tokens_are_computed_each_once() -> None:
+    hopper = Hopper(0)
+    assert only(hopper.feed(4, 30), s.Compute).tokens == (30,)
+    assert hopper.feed(4, 30) == []
+    assert only(hopper.feed(4, 30, 31, 32), s.Compute).tokens == (31, 32)
+
+
+def test_a_feed_past_a_lost_one_asks_for_it() -> None:
+    assert sends(Hopper(0).feed(6, 30)) == [("hop2", m.Gap("s", (1, OWNER), 4))]
+
+
+@pytest.mark.parametrize(
+    ("at", "sender", "start", "n"),
+    [
+        (0, STRANGER, 4, 1),
+        (0, "hop1", 4, 1),
+        (1, "hop0", 4, 1),
+        (0, "hop2", -1, 6),
+        (0, "hop2", 4, 61),
+        (0, "hop2", 64, 1),
+    ],
+)
+def test_hostile_feeds(at: int, sender: str, start: int, n: int) -> None:
+    hopper = Hopper(at)
+    assert rejected(hopper.receive(m.Feed("s", (1, OWNER), start, (30,) * n), sender), sender)
+
+
+def test_the_last_token_may_be_fed() -> None:
+    hopper = Hopper(0)
+    assert not any(isinstance(event, Rejected) for event in events(hopper.feed(4, *[30] * MAX_TOKENS)))
+
+
+def test_the_first_hop_runs_a_bounded_number_of_tokens_past_the_owner() -> None:
+    hopper = Hopper(0)
+    hopper.feed(4, *[30] * 50)
+    assert hopper.hop.submitted == len(PROMPT) + m.RUN_AHEAD
+    assert hopper.feed(54, 30) == []
+    effects = hopper.receive(m.Ack("s", (1, OWNER), 6), OWNER)
+    assert only(effects, s.Compute).n == 2
+    assert hopper.receive(m.Ack("s", (1, OWNER), 5), OWNER) == []
+    assert hopper.hop.submitted == 6 + m.RUN_AHEAD
+
+
+def test_only_the_owner_acknowledges() -> None:
+    hopper = Hopper(0)
+    hopper.feed(4, *[30] * 50)
+    assert rejected(hopper.receive(m.Ack("s", (1, OWNER), 50), "hop1"), "hop1")
+    assert hopper.hop.submitted == len(PROMPT) + m.RUN_AHEAD
+
+
+# -- epochs ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        m.Forward("s", (1, OWNER), 0, 1, rows(0, 1)),
+        m.Gap("s", (1, OWNER), 0),
+        m.Ack("s", (1, OWNER), 5),
+        m.Progress("s", (1, OWNER), 5),
+        m.Release("s", (1, OWNER)),
+    ],
+)
+def test_an_older_epoch_is_ignored(message: Any) -> None:
+    hopper = Hopper(1, counter=2)
+    sender = OWNER if isinstance(message, m.Release | m.Ack | m.Progress) else "hop0"
+    assert hopper.receive(message, sender) == []
+    assert hopper.standing() == (0, 0)
+    assert len(hopper.core.sessions()) == 1
+
+
+def test_frames_of_a_newer_epoch_wait_for_its_open() -> None:
+    hopper = Hopper(1)
+    assert hopper.receive(m.Forward("s", (2, OWNER), 0, 2, rows(0, 2)), "hop0") == []
+    effects = hopper.open(opening(1, counter=2))
+    assert only(effects, s.Compute).n == 2
+    assert hopper.open(opening(1, counter=2)) != []
+    assert hopper.core._held_frames == hopper.core._held_bytes == 0
+
+
+def test_held_frames_are_judged_like_any_other_when_their_open_comes() -> None:
+    core = Hopper(1).core
+    core.receive(m.Forward("s", (2, OWNER), 0, 2, rows(0, 2)), STRANGER, 0.0)
+    core.receive(m.Gap("s", (3, OWNER), 0), "hop2", 0.0)
+    effects = core.receive(opening(1, counter=2), OWNER, 0.0)
+    assert [event.sender for event in events(effects) if isinstance(event, Rejected)] == [STRANGER]
+    assert core._held_frames == 1  # that of epoch 3 waits on
+
+
+@pytest.mark.parametrize(
+    ("config", "message", "kept"),
+    [
+        (s.StageConfig(held_frames=3), m.Gap("x", (1, OWNER), 0), 3),
+        (s.StageConfig(held_bytes=1000), m.Forward("x", (1, OWNER), 0, 1, memoryview(bytes(436))), 2),
+        (s.StageConfig(held_bytes=1000), m.Feed("x", (1, OWNER), 0, (1,) * 50), 2),
+        (s.StageConfig(held_bytes=1000), m.Feed("x", (1, OWNER), 0, (1,) * 1000), 0),
+        (s.StageConfig(held_bytes=1000), m.Gap("x", (1, OWNER), 0), 15),
+    ],
+)
+def test_what_waits_for_an_open_is_bounded(config: s.StageConfig, message: Any, kept: int) -> None:
+    core = s.StageCore(ME, config)
+    for _ in range(20):
+        assert core.receive(message, STRANGER, 0.0) == []
+    assert core._held_frames == kept
+    assert core._held_bytes <= config.held_bytes
+
+
+def test_frames_whose_open_never_comes_are_forgotten() -> None:
+    core = s.StageCore(ME)
+    core.receive(m.Gap("x", (1, OWNER), 0), "hop2", 0.0)
+    now = 0.0
+    while core.deadline is not None:
+        assert now <= core.config.held_s + core.config.sweep_s, "still held"
+        now = core.deadline
+        assert core.tick(now) == []
+    assert now > core.config.held_s
+    assert (core._held, core._held_frames, core._held_bytes) == ({}, 0, 0)
+
+
+# -- resuming ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("accepted", "kept"), [(6, 4), (4, 4), (3, 3), (0, 0)])
+def test_a_surviving_middle_hop_keeps_what_was_accepted(accepted: int, kept: int) -> None:
+    hopper = Hopper(1)
+    hopper.forward(0, 4)
+    hopper.compute()
+    effects = hopper.open(opening(1, counter=2, accepted=accepted))
+    assert events(effects) == [s.Truncate(hopper.key, kept)]
+    assert sends(effects) == [(OWNER, m.Opened("s", (2, OWNER), 1, kept)), ("hop0", m.Gap("s", (2, OWNER), kept))]
+
+
+def test_work_under_way_is_void_when_the_route_changes() -> None:
+    hopper = Hopper(1)
+    hopper.forward(0, 4)
+    old = hopper.work[0]
+    assert only(hopper.open(opening(1, counter=2)), m.Opened).kept == 0
+    assert hopper.core.computed([s.Computed(old.key, old.tag, 0, 4, rows(0, 4))], 0.0) == []
+
+
+def test_a_surviving_sampler_draws_the_last_position_again() -> None:
+    hopper = Hopper(2)
+    hopper.forward(0, 4)
+    hopper.compute(token=30)
+    hopper.forward(4, 1)
+    hopper.compute(token=31)  # the owner did not get this one
+    effects = hopper.open(opening(2, counter=2, drawn=(30,)))
+    assert only(effects, m.Opened).kept == 4
+    assert only(hopper.forward(4, 1), s.Compute).sample
+    assert only(hopper.compute(token=31), m.Token).position == 5
+
+
+def test_a_survivor_sends_nothing_on_before_it_is_asked_again() -> None:
+    hopper = Hopper(1)
+    hopper.gap(0)
+    hopper.forward(0, 4)
+    hopper.compute()
+    hopper.open(opening(1, counter=2, accepted=6))
+    hopper.forward(4, 1)
+    assert sends(hopper.compute()) == []
+    assert only(hopper.gap(3), m.Forward).start == 3
+
+
+@pytest.mark.parametrize(("at", "hops"), [(0, 3), (1, 2), (2, 4)])
+def test_another_place_on_the_route_starts_anew(at: int, hops: int) -> None:
+    hopper = Hopper(1)
+    key = hopper.key
+    effects = hopper.open(opening(at, counter=2, hops=hops))
+    assert events(effects)[0] == s.Free(key)
+    assert only(effects, s.Reserve).key != key
+    assert only(effects, m.Opened).kept == 0
+
+
+# -- ending ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("counter", [1, 2])
+def test_a_release_frees(counter: int) -> None:
+    hopper = Hopper(1)
+    assert events(hopper.receive(m.Release("s", (counter, OWNER)), OWNER)) == [s.Free(hopper.key)]
+    assert hopper.core.sessions() == []
+    assert hopper.receive(m.Release("s", (counter, OWNER)), OWNER) == []
+
+
+def test_a_release_by_another_is_refused() -> None:
+    hopper = Hopper(1)
+    assert rejected(hopper.receive(m.Release("s", (1, OWNER)), "hop0"), "hop0")
+    assert len(hopper.core.sessions()) == 1
+
+
+def test_an_engines_error_ends_the_session_here() -> None:
+    hopper = Hopper(1)
+    hopper.forward(0, 1)
+    work = hopper.work[0]
+    effects = hopper.core.computed([s.Computed(work.key, work.tag, 0, 1, error="bad rows")], 0.0)
+    assert sends(effects) == [(OWNER, m.Refused("s", (1, OWNER), 1, "failed", "bad rows"))]
+    assert events(effects) == [s.Free(hopper.key)]
+    assert hopper.core.computed([s.Computed(work.key, work.tag, 0, 1, error="bad rows")], 0.0) == []
+
+
+def run_sweeps(core: s.StageCore, until: float) -> Events:
+    """Tick at every deadline up to ``until``."""
+    found: Events = []
+    while core.deadline is not None and core.deadline <= until:
+        found += events(core.tick(core.deadline))
+    return found
+
+
+def test_a_session_that_nobody_renews_is_freed() -> None:
+    hopper = Hopper(1)
+    assert run_sweeps(hopper.core, 60.0) == []
+    assert run_sweeps(hopper.core, 70.0) == [s.Free(hopper.key)]
+    assert run_sweeps(hopper.core, 80.0) == []
+    assert hopper.core.deadline is None
+
+
+@pytest.mark.parametrize(("sender", "frees"), [(OWNER, False), (STRANGER, True)])
+def test_only_the_owner_renews(sender: str, frees: bool) -> None:
+    hopper = Hopper(1)
+    assert hopper.receive(m.Lease((("s", (1, OWNER)),)), sender, now=50.0) == []
+    assert (run_sweeps(hopper.core, 70.0) == [s.Free(hopper.key)]) is frees
+
+
+def test_a_renewal_of_what_is_not_held_is_answered() -> None:
+    hopper = Hopper(1)
+    answer = hopper.receive(m.Lease((("s", (1, OWNER)), ("gone", (4, OWNER)))), OWNER)
+    ((to, refused),) = sends(answer)
+    assert (to, refused.session, refused.epoch, refused.hop, refused.code) == (
+        OWNER, "gone", (4, OWNER), -1, "unknown_session",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("now", [0.0, 1.0, 4.9])
+def test_an_early_tick_does_nothing(now: float) -> None:
+    core = Hopper(1).core
+    due = core.deadline
+    assert (core.tick(now), core.deadline) == ([], due)
+
+
+# -- how far are you? --------------------------------------------------------------------------------------------------
+
+
+def test_an_idle_middle_hop_says_where_it_stands_and_asks_again() -> None:
+    hopper = Hopper(1)
+    hopper.forward(0, 4)
+    busy = hopper.receive(m.Progress("s", (1, OWNER), 4), OWNER)
+    assert sends(busy) == [(OWNER, m.Progressing("s", (1, OWNER), 1, 4, 0, 0))]
+    hopper.compute()
+    idle = hopper.receive(m.Progress("s", (1, OWNER), 4), OWNER)
+    assert sends(idle) == [
+        (OWNER, m.Progressing("s", (1, OWNER), 1, 4, 4, 0)),
+        ("hop0", m.Gap("s", (1, OWNER), 4)),
+    ]
+
+
+def test_the_sampler_repeats_the_tokens_that_the_owner_lacks() -> None:
+    hopper = Hopper(2, drawn=(20, 21, 22))
+    effects = hopper.receive(m.Progress("s", (1, OWNER), 5), OWNER)
+    tokens = [(x.position, x.token) for _, x in sends(effects) if isinstance(x, m.Token)]
+    assert tokens == [(5, 21), (6, 22)]
+
+
+def test_the_first_hop_asks_the_sampler_for_tokens() -> None:
+    effects = Hopper(0).receive(m.Progress("s", (1, OWNER), 4), OWNER)
+    assert ("hop2", m.Gap("s", (1, OWNER), 4)) in sends(effects)
+
+
+def test_progress_acknowledges() -> None:
+    hopper = Hopper(0)
+    hopper.feed(4, *[30] * 50)
+    assert only(hopper.receive(m.Progress("s", (1, OWNER), 9), OWNER), s.Compute).n == 5
+
+
+def test_only_the_owner_is_told() -> None:
+    hopper = Hopper(2, drawn=(20,))
+    assert rejected(hopper.receive(m.Progress("s", (1, OWNER), 0), STRANGER), STRANGER)
+
+
+@pytest.mark.parametrize(
+    ("span", "used"),
+    [(LayerSpan("toy", 2, 4), True), (LayerSpan("toy", 3, 9), True), (LayerSpan("toy", 0, 2), False),
+     (LayerSpan("toy", 4, 6), False), (LayerSpan("other", 2, 4), False)],
+)  # fmt: skip
+def test_layers_in_use(span: LayerSpan, used: bool) -> None:
+    assert Hopper(1).core.in_use(span) is used
