@@ -278,6 +278,18 @@ def test_a_session_that_has_begun_waits_for_a_route() -> None:
     assert len(owner.core.recoveries) == 1
 
 
+def test_where_nobody_else_holds_its_layers_a_lost_hop_is_tried_again_soon() -> None:
+    owner = Owner().open()
+    owner.token()
+    lost_at = owner.now
+    ask = need(owner.core.lost("b", "reset", owner.now))
+    while ask.exclude:
+        assert owner.core.unroutable("none", owner.now) == []
+        ask = need(owner.wait())
+    assert CONFIG.forgive_s <= owner.now - lost_at <= CONFIG.forgive_s + 2 * CONFIG.backoff_max_s
+    assert ask.keep == ROUTE.hops
+
+
 def test_a_session_that_lost_a_hop_while_it_opened_waits_too() -> None:
     owner = Owner()
     owner.follow()
