@@ -1,0 +1,94 @@
+"""``status`` for people: what is shown, and that members cannot write in colours."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from node.table import print_status
+
+
+def document(**changes: Any) -> dict[str, Any]:
+    load = {"running": 2, "waiting": 0, "free_tokens": 10, "tokens_per_s": 12.6, "step_ms": 1.0, "lag_ms": 0.0}
+    member: dict[str, Any] = {
+        "id": "a" * 32, "name": "ann", "state": "alive", "api": "http://h:1", "peer": "h:2", "load": load,
+        "spans": [{"model": "demo", "start": 0, "end": 4}], "loading": [], "fetched": 0, "refused": [],
+    }  # fmt: skip
+    member |= changes.pop("member", {})
+    other = {**member, "id": "b" * 32, "name": "bob", "state": "dead", "spans": []}
+    spans = [{"node": "a" * 32, "start": 0, "end": 4}, {"node": "c" * 32, "start": 4, "end": 8}]
+    made: dict[str, Any] = {
+        "mesh_id": "0123456789abcdef" * 2,
+        "coordinator": "b" * 32,
+        "term": 7,
+        "voters": ["a" * 32, "d" * 32],
+        "degraded": None,
+        "members": [member, other],
+        "placement": {"models": [{"id": "demo", "missing": None, "spans": spans}]},
+        "survivability": {"demo": {"nodes_that_may_fail": 1}},
+        "sessions": {"running": 1, "waiting": 3, "items": []},
+    }
+    return made | changes
+
+
+def session(**changes: Any) -> dict[str, Any]:
+    hops = [{"node": "a" * 32, "start": 0, "end": 4}, {"node": "c" * 32, "start": 4, "end": 8}]
+    made = {"id": "s1", "model": "demo", "class": "batch", "route": hops, "tokens": 17, "recoveries": [{}, {}]}
+    return made | changes
+
+
+@pytest.fixture
+def shown(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setenv("COLUMNS", "300")
+
+    def show(made: dict[str, Any]) -> list[str]:
+        print_status(made)
+        return [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+
+    return show
+
+
+def test_a_mesh_at_a_glance(shown: Any) -> None:
+    assert shown(document(sessions={"running": 1, "waiting": 3, "items": [session()]})) == [
+        "mesh 01234567 coordinator bob term 7 voters ann, dddddddd",
+        "NODE STATE API PEERS LAYERS LOAD",
+        "ann alive http://h:1 h:2 demo[0:4] 2 running, 13 tokens/s",
+        "bob dead http://h:1 h:2 - 2 running, 13 tokens/s",
+        "MODEL PLACED ON SURVIVES",
+        "demo ann[0:4] cccccccc[4:8] any 1 nodes failing",
+        "sessions: 1 running, 3 waiting",
+        "SESSION MODEL CLASS ROUTE TOKENS RECOVERIES",
+        "s1 demo batch ann[0:4] cccccccc[4:8] 17 2",
+    ]
+
+
+def test_what_is_amiss_is_said(shown: Any) -> None:
+    placement = {"models": [{"id": "demo", "missing": "layers [4, 8) fit nowhere", "spans": []}]}
+    text = "\n".join(shown(document(coordinator=None, degraded="no majority", placement=placement, survivability={})))
+    assert "coordinator none" in text
+    assert "degraded: no majority" in text
+    assert "demo layers [4, 8) fit nowhere any 0 nodes failing" in text
+
+
+def test_what_a_node_is_loading_and_what_it_refused(shown: Any) -> None:
+    member = {"loading": [{"model": "demo", "start": 4, "end": 8}], "fetched": 35, "refused": ["demo[4:8]: no room"]}
+    assert "demo[0:4] loading 4-7: 35 % demo[4:8]: no room" in shown(document(member=member))[2]
+
+
+@pytest.mark.parametrize("evil", ["[/red]", "[bold]x[/bold]", "[link=http://evil]click[/link]"])
+@pytest.mark.parametrize("field", ["name", "api", "peer"])
+def test_what_members_say_of_themselves_is_no_markup(shown: Any, field: str, evil: str) -> None:
+    lines = shown(document(member={field: evil}))
+    assert evil in lines[2]
+
+
+@pytest.mark.parametrize("field", ["id", "model"])
+def test_names_of_sessions_and_models_are_no_markup(shown: Any, field: str) -> None:
+    items = [session(**{field: "[/red]"})]
+    text = "\n".join(shown(document(degraded="[/red]", sessions={"running": 1, "waiting": 0, "items": items})))
+    assert text.count("[/red]") == 2
+
+
+def test_no_sessions_no_table(shown: Any) -> None:
+    assert not any("SESSION " in line for line in shown(document()))
