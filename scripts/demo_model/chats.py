@@ -179,9 +179,9 @@ def persona(rng: random.Random, progress: float) -> Chat:
 
 def long_form(rng: random.Random, progress: float) -> Chat:
     draw = rng.random()
-    if draw < 0.6:
+    if draw < 0.55:
         ask, text = stories.story_request(rng, progress)
-    elif draw < 0.8:
+    elif draw < 0.85:
         ask, text = stories.counting(rng, progress)
     else:
         ask, text = stories.listing(rng)
@@ -200,7 +200,7 @@ COURSE: tuple[tuple[Callable[[random.Random, float], Chat], tuple[float, float, 
     (retrieval, (0.04, 0.14, 0.18)),
     (small_talk, (0.06, 0.14, 0.18)),
     (persona, (0.00, 0.03, 0.03)),
-    (long_form, (0.02, 0.07, 0.14)),
+    (long_form, (0.02, 0.07, 0.18)),
 )
 
 

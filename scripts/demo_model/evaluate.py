@@ -20,6 +20,11 @@ class Mark:
     def exact(self) -> bool:
         return self.said == self.item.answer
 
+    @property
+    def answer_exact(self) -> bool:
+        """Exact when the number of the cited passage is left aside."""
+        return self.said.partition(" [")[0] == self.item.answer.partition(" [")[0]
+
 
 @dataclass
 class Model:

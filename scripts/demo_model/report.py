@@ -8,7 +8,7 @@ from pathlib import Path
 
 from demo_model.chats import Turn
 from demo_model.evaluate import Mark, Model, examine, failures, share, table
-from demo_model.exam import EXAM_SEED, reading_items, style_items
+from demo_model.exam import EXAM_SEED, citation_items, reading_items, style_items
 
 READING_GOAL, STYLE_GOAL, SIZE_GOAL_MB = 0.80, 0.80, 20.0
 SAMPLES = (
@@ -54,9 +54,13 @@ def run(folder: Path, root: Path, as_json: bool) -> int:
     """Examines the model, prints what it found, and returns the exit status: 0 when every figure holds, else 3."""
     model = Model.load(folder)
     reading_marks = examine(model, reading_items(EXAM_SEED))
+    citation_marks = examine(model, citation_items(EXAM_SEED))
     style_marks = examine(model, style_items(EXAM_SEED))
     print(table("reading: exact answers from unseen passages", reading_marks))
     print(failures(reading_marks, 5))
+    print(table("\nretrieval prompts: exact answers with the right passage number", citation_marks))
+    unnumbered = sum(mark.answer_exact for mark in citation_marks)
+    print(f"right when the number is left aside: {unnumbered} / {len(citation_marks)}")
     print(table("\nsystem lines: exact answers in the style asked for", style_marks))
     print(failures(style_marks, 5))
     print(f"\nsamples\n{_samples(model)}\n")
