@@ -8,6 +8,7 @@ own that jumps to its deadline.  One seed is one schedule, with weights of its o
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,7 +23,7 @@ from mesh.election.events import Busy, NotLeader, Refused
 from mesh.election.messages import AskPreVote, AskVote
 from mesh.election.record import EMPTY, Content, RecordId, make_epoch, make_record
 from mesh.election.voters import MemberInfo
-from tests.sim.election_checks import ElectionChecker
+from tests.sim.election_checks import ElectionChecker, Violation
 
 MESH = "11" * 16
 EPOCH = make_epoch(1, 7)
@@ -319,3 +320,12 @@ def search(seeds: Sequence[int], **how: Any) -> tuple[int, AssertionError] | Non
         except AssertionError as violation:
             return seed, violation
     return None
+
+
+def story(seed: int, last: int = 200, **how: Any) -> str:
+    """The last lines of a schedule that broke a property."""
+    bag = Bag(seed, **how)
+    bag.keep_story = True
+    with contextlib.suppress(Violation):
+        bag.run()
+    return "\n".join(bag.told[-last:])

@@ -7,6 +7,7 @@ else (clock, network, disk, crashes) is the simulator's.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -202,7 +203,8 @@ def recover(world: ElectionWorld, names: Sequence[str]) -> None:
 
 
 def play(seed: int, *, seconds: float = 30.0, **how: Any) -> ElectionWorld:
-    """One timed schedule: weather with proposals, then calm; raises on a violated property or on a missing leader.
+    """One timed schedule: weather with proposals, then calm; raises on a violated property or on a missing leader;
+    then the error carries the faults and the last events as a note.
 
     ``how`` goes to ``ElectionWorld``.
     """
@@ -217,11 +219,16 @@ def play(seed: int, *, seconds: float = 30.0, **how: Any) -> ElectionWorld:
     )
     config = msgspec.structs.replace(lan(), eligible_after_s=2.0, dead_after_s=4.0, step_s=1.0)
     world = ElectionWorld(seed, names, voters, config=config, net=net, **how)
-    world.schedule(draw_faults(rng, names, seconds, rng.randint(5, 12)))
+    faults = draw_faults(rng, names, seconds, rng.randint(5, 12))
+    world.schedule(faults)
     for number in range(int(seconds)):
         world.at(rng.uniform(0.0, seconds), lambda number=number: _change(world, b"%d" % number))
-    world.run(until=seconds)
-    _check_calm(world, names)
+    try:
+        world.run(until=seconds)
+        _check_calm(world, names)
+    except AssertionError as violation:
+        violation.add_note("\n".join([*map(str, faults), *world.lines(200)]))
+        raise
     return world
 
 
@@ -250,3 +257,48 @@ def _check_calm(world: ElectionWorld, names: Sequence[str]) -> None:
 
 def states(world: ElectionWorld) -> list[str]:
     return [f"{n} {c.role} t{c.term} {c.record} c{c.committed.id}" if (c := world.core(n)) else n for n in world.nodes]
+
+
+# -- figures that both the tests and scripts/simulate ask for
+
+
+def needless_elections(seed: int, hours: float) -> int:
+    """Q13: five voters, 5 % loss, one of them stalls for 1 s every 30 s: elections after the first."""
+    world = ElectionWorld(seed, "abcde", "abcde", net=NetParams(loss=0.05))
+    world.run(until=5.0)
+    before = world.checker.counts["elections"]
+    staller = next(n for n in "abcde" if n != world.leader())
+    for k in range(int(hours * 120)):
+        world.schedule([Fault(10.0 + 30 * k, "pause", (staller,)), Fault(11.0 + 30 * k, "resume", (staller,))])
+    while world.now < hours * 3600.0:
+        world.run(until=min(world.now + 600.0, hours * 3600.0))
+        world.told.clear()
+        for node in world.nodes.values():
+            del node.disk[:-1]
+    return world.checker.counts["elections"] - before
+
+
+PARTIAL = {
+    "quorum-loss": [("a", "cde"), ("c", "de"), ("d", "e")],  # only b hears everyone
+    "constrained": [("c", "abde"), ("b", "de"), ("d", "e")],  # c is alone, only a hears the rest, perhaps behind
+    "chained": [("a", "c")],
+    "bridge": [("ab", "de")],  # c joins two halves
+}
+
+
+def cut_partly(seed: int, name: str) -> float:
+    """Q14: seconds from cutting the links of ``PARTIAL[name]`` until somebody leads and commits something new."""
+    names = "abc" if name == "chained" else "abcde"
+    world = ElectionWorld(seed, names, names)
+    world.run(until=5.0)
+    for here, there in PARTIAL[name]:
+        world.apply(Fault(5.0, "partition", tuple(here), tuple(there)))
+    start, proposed = world.now, ""
+    while world.now < start + 30.0:
+        leader = world.leader()
+        if leader is not None and leader != proposed and world.propose(leader, b"through") == "":
+            proposed = leader
+        world.run(until=world.now + 0.01)
+        if proposed and world.core(proposed).ready and world.core(proposed).committed.content.placement == b"through":
+            return world.now - start
+    return math.inf

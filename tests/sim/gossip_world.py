@@ -54,19 +54,39 @@ def gossip_world(
     codec: bool = True,
     swim: type[Swim] = Swim,
     stagger_s: float = 0.05,
+    seeds: int = 3,
 ) -> World:
-    """``n`` nodes that join through the first three, ``stagger_s`` apart."""
+    """``n`` nodes that join through the first ``seeds``, ``stagger_s`` apart."""
     config = config or GossipConfig()
     world = World(seed, net, codec=WireCodec() if codec else None, reliable=lambda message: isinstance(message, STREAM))
     ids = [node_id(index) for index in range(n)]
     for index in range(n):
-        world.at(index * stagger_s, lambda index=index: add_node(world, ids, index, config, swim))
+        world.at(index * stagger_s, lambda index=index: add_node(world, ids, index, config, swim, seeds))
     return world
 
 
-def add_node(world: World, ids: list[NodeId], index: int, config: GossipConfig, swim: type[Swim] = Swim) -> None:
+def warm_world(n: int, seed: int, config: GossipConfig | None = None, net: NetParams | None = None) -> World:
+    """``n`` nodes that have known each other for a while: joining costs n x n messages, this only n x n rows."""
+    config = config or GossipConfig()
+    world = gossip_world(n, seed, config, net, stagger_s=0.0, seeds=0)
+    world.run(0.0)
+    nodes = list(world.nodes.values())
+    updates = [node.core.roster.own.update() for node in nodes]
+    for node in nodes:
+        core, clock = node.core, node.clock(world.now)
+        for update in updates:
+            if update.record.node != node.id:
+                core.roster.apply(update, update.record.node, clock, synced=True, age_s=config.dead_gossip_s)
+        core.roster.news.drop(node.id)
+        core._out.clear()
+    return world
+
+
+def add_node(
+    world: World, ids: list[NodeId], index: int, config: GossipConfig, swim: type[Swim] = Swim, known: int = 3
+) -> None:
     node = ids[index]
-    seeds = [(other, f"{other[:6]}:1") for other in ids[: max(3, index)][:3] if other != node]
+    seeds = [(other, f"{other[:6]}:1") for other in ids[:known] if other != node]
 
     def make(disk: list[Any], now: float) -> Swim:
         saved = [record.incarnation for record in disk if isinstance(record, SavedIncarnation)]

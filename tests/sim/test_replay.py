@@ -1,0 +1,30 @@
+"""One seed is one run, whatever PYTHONHASHSEED is: each simulator's trace, twice, in processes of their own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+TRACES = """
+import hashlib
+from tests.sim import election_bag, election_world, generation_world, gossip_weather
+print(gossip_weather.stormy(1, 5, 20.0).digest())
+print(election_world.play(3, seconds=5.0).digest())
+print(hashlib.sha256(election_bag.story(5, last=10**6).encode()).hexdigest())
+print(generation_world.play(2, sessions=2).digest())
+"""
+
+
+def test_traces_do_not_depend_on_the_hash_seed() -> None:
+    command = [sys.executable, "-c", TRACES]
+    runs = []
+    for seed in ("1", "2"):
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": seed}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+        runs.append(done.stdout.split())
+    assert runs[0] == runs[1]
+    assert len(set(runs[0])) == 4
