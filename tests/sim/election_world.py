@@ -48,6 +48,8 @@ class ElectionWorld(World):
         self.config, self.make, self.rng_of = config or lan(), make, rng_of or self.rng_for
         self.told: list[tuple[float, str, Any]] = []
         """(time, node, event), all of them."""
+        self.faults: list[Fault] = []
+        """The schedule, where ``play`` drew one."""
         self._lost_at: dict[tuple[str, str], float] = {}
         self._alive_at: dict[tuple[str, str], float] = {}
         self.after_step.append(lambda world, node: self._stepped(node))
@@ -219,15 +221,15 @@ def play(seed: int, *, seconds: float = 30.0, **how: Any) -> ElectionWorld:
     )
     config = msgspec.structs.replace(lan(), eligible_after_s=2.0, dead_after_s=4.0, step_s=1.0)
     world = ElectionWorld(seed, names, voters, config=config, net=net, **how)
-    faults = draw_faults(rng, names, seconds, rng.randint(5, 12))
-    world.schedule(faults)
+    world.faults = draw_faults(rng, names, seconds, rng.randint(5, 12))
+    world.schedule(world.faults)
     for number in range(int(seconds)):
         world.at(rng.uniform(0.0, seconds), lambda number=number: _change(world, b"%d" % number))
     try:
         world.run(until=seconds)
         _check_calm(world, names)
     except AssertionError as violation:
-        violation.add_note("\n".join([*map(str, faults), *world.lines(200)]))
+        violation.add_note("\n".join([*map(str, world.faults), *world.lines(200)]))
         raise
     return world
 

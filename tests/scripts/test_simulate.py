@@ -1,0 +1,60 @@
+"""What the simulation scripts count, and what they say of a schedule that breaks a property."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from scripts.figures import nearest_rank, spread
+from scripts.simulation import election, gossip
+from scripts.simulation.soak import figures as soak
+from scripts.simulation.tally import Tally
+from tests.sim.election_bag import Bag, story
+from tests.sim.election_mutants import CountsOutsiders
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.5, 2.0), (0.99, 4.0), (0.25, 1.0), (0.0, 1.0), (1.0, 4.0)])
+def test_nearest_rank(share: float, expected: float) -> None:
+    assert nearest_rank([4.0, 2.0, 1.0, 3.0], share) == expected
+
+
+def test_a_spread_holds_when_both_goals_do() -> None:
+    assert spread([1.0, 2.0, 3.0], 2.0, 3.0)["holds"]
+    assert not spread([1.0, 2.0, 3.0], 1.9, 3.0)["holds"]
+    assert not spread([1.0, 2.0, math.inf], 2.0, 3.0)["holds"]
+    assert not spread([], 2.0, 3.0)["holds"]
+    assert spread([1.0], None, 3.0)["goal"] == "p99 <= 3 s"
+
+
+def test_a_violation_is_told_and_can_be_replayed() -> None:
+    def play(seed: int) -> dict[str, int]:
+        try:
+            return Bag(seed, make=CountsOutsiders).run().counts
+        except AssertionError as violation:
+            violation.add_note(story(seed, make=CountsOutsiders))
+            raise
+
+    said: list[str] = []
+    runs = Tally("election --schedules 0", play, "--bag").run(range(60), said.append)
+    assert runs.schedules == 60
+    assert runs.violations == len(runs.failed) > 0
+    assert f"again: scripts/simulate election --schedules 0 --bag 1 --seed {runs.failed[0]}" in "\n".join(said)
+    assert "AskPreVote" in said[0]  # the last events
+    assert not election.q15(runs, runs)["holds"]
+
+
+def test_a_soak_ends_in_time_and_says_what_it_covered() -> None:
+    figures = soak(0.01, 5, lambda line: None)
+    assert figures["Q15"]["value"]["message_bag"] > 0
+    assert figures["Q15"]["value"]["violations"] == 0
+    assert figures["Q15"]["coverage"]["message_bag"]["elections"] > 0
+
+
+def test_crashes_are_timed_from_the_outside() -> None:
+    runs = gossip.Runs(20, "lan", compare=True, seed=3, count=2, minutes=1.0)
+    figure = runs.q1()
+    assert figure["holds"]
+    assert figure["value"]["n"] == 2
+    assert figure["first_suspect"]["median"] < figure["value"]["median"]
+    assert figure["anchor"]["memberlist preset, same run"]["median"] > figure["value"]["median"]
