@@ -21,9 +21,10 @@ PENDING_BYTES = 64 << 20
 
 
 class _Pending:
-    """Bytes of one sequence that wait in the engine's queue; ``row``: of one position."""
+    """Bytes of one sequence that wait in the engine's queue; ``row``: of one position; ``tag``: since its last cut."""
 
-    def __init__(self) -> None:
+    def __init__(self, tag: int) -> None:
+        self.tag = tag
         self.bytes = self.row = 0
 
 
@@ -65,11 +66,10 @@ class StageService:
     def on_results(self, results: Sequence[Result]) -> None:
         """One engine step's results."""
         for result in results:
-            if pending := self._pending.get(result.key):
+            pending = self._pending.get(result.key)
+            if pending is not None and pending.tag == result.tag:
                 pending.bytes -= result.n * pending.row
         self._perform(self.core.computed([_computed(result) for result in results], self._clock()))
-        while self._parked and self.pending_bytes <= PENDING_BYTES:
-            self._parked.popleft().done()
 
     @property
     def pending_bytes(self) -> int:
@@ -99,6 +99,9 @@ class StageService:
                 self._on_event(effect.event)
             else:
                 queue.extendleft(reversed(verb(effect.event)))
+        # Here, not with the results alone: for work that was cut or freed none will come.
+        while self._parked and self.pending_bytes <= PENDING_BYTES:
+            self._parked.popleft().done()
         self._alarm.update()
 
     def _reserve(self, ask: core.Reserve) -> list[Effect]:
@@ -124,7 +127,7 @@ class StageService:
 
     def _compute(self, work: core.Compute) -> list[Effect]:
         if work.hidden is not None:
-            pending = self._pending.setdefault(work.key, _Pending())
+            pending = self._pending.setdefault(work.key, _Pending(work.tag))
             pending.bytes, pending.row = pending.bytes + len(work.hidden), len(work.hidden) // work.n
         self._engine.submit(
             Work(
