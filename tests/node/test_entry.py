@@ -1,0 +1,458 @@
+"""Sessions as the API sees them: opening, streaming, ending, breaking, and what is routed where."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator
+from typing import Any
+
+import msgspec
+import pytest
+
+from mesh.core import Rejected, Send
+from mesh.errors import CapacityError, MeshError, NoRoute, SessionLost
+from mesh.pipeline import messages as m
+from mesh.pipeline import session as core
+from mesh.types import ModelId, SamplingParams
+from mesh.view import MemberView, MeshView
+from node import entry as module
+from node.api.service import EndEvent, GenerationRequest, PromptEvent, TokenEvent
+from node.entry import Entry, LiveGeneration
+from tests.mesh.views import member, view
+
+PROMPT = (1, 2, 3, 4, 5, 6)
+STOP = 7
+
+
+def request(session: str = "s", **more: Any) -> GenerationRequest:
+    sampling = SamplingParams(max_tokens=more.pop("max_tokens", 4), stop_token_ids=(STOP,))
+    fields = {"request_id": "r", "model": ModelId("m"), "prompt": PROMPT, "sampling": sampling}
+    return GenerationRequest(session=session, **(fields | more))
+
+
+class World:
+    """An entry over a view; hops answer what the test makes them answer."""
+
+    def __init__(self, *members: MemberView) -> None:
+        self.now = 100.0
+        self.seen: MeshView = view(*(members or (member("a", (0, 4)), member("b", (4, 8)))))
+        self.posted: list[Send] = []
+        self.events: list[Any] = []
+        self.recovered: list[Any] = []
+        self.entry = Entry(
+            "me",
+            view=lambda: self.seen,
+            post=self.posted.append,
+            on_event=self.events.append,
+            balance="latency",
+            rng=random.Random(1),
+            clock=lambda: self.now,
+            on_recovered=lambda generation, trace: self.recovered.append(trace),
+        )
+
+    def take(self, kind: type) -> list[tuple[str, Any]]:
+        """What was posted of ``kind``; forgets everything posted."""
+        found = [(send.to, send.message) for send in self.posted if isinstance(send.message, kind)]
+        self.posted.clear()
+        return found
+
+    def say(self, message: Any, sender: str) -> None:
+        self.entry.receive(message, sender)
+
+    def answer_opens(self) -> list[str]:
+        """Every hop that was asked to open does; returns them."""
+        asked = self.take(m.Open)
+        for to, message in asked:
+            self.say(m.Opened(message.session, message.epoch, message.hop, 0), to)
+        return [to for to, _ in asked]
+
+    def refuse(self, index: int, code: Any, why: str = "full", retry_after_s: float = 1.0) -> None:
+        to, message = self.take(m.Open)[index]
+        self.say(m.Refused(message.session, message.epoch, message.hop, code, why, retry_after_s), to)
+
+    async def open(self, asked: GenerationRequest | None = None) -> LiveGeneration:
+        opening = asyncio.create_task(self.entry.open(asked or request()))
+        await asyncio.sleep(0)
+        self.answer_opens()
+        return await opening
+
+    def draw(self, generation: LiveGeneration, *tokens: int) -> None:
+        session = generation.session
+        for token in tokens:
+            message = m.Token(session.id, session.epoch, session.accepted, token, -0.5, ((token, -0.5),))
+            self.say(message, session.route.hops[-1].node)
+
+    def scores(self, generation: LiveGeneration, start: int, n: int) -> None:
+        session = generation.session
+        rows = tuple((float(-position), ((position, 0.0),)) for position in range(start, start + n))
+        self.say(m.PromptLogprobs(session.id, session.epoch, start, rows), session.route.hops[-1].node)
+
+
+@pytest.fixture
+async def world() -> AsyncIterator[World]:
+    made = World()
+    yield made
+    for generation in made.entry.sessions():
+        generation.finish("cancelled")
+
+
+async def rest(generation: LiveGeneration, got: list[Any] | None = None) -> list[Any]:
+    """Everything up to the end; in ``got`` too, should it break."""
+    got = [] if got is None else got
+    async with asyncio.timeout(5.0):
+        async for event in generation:
+            got.append(event)
+    return got
+
+
+def waiting(generation: LiveGeneration) -> list[Any]:
+    """Events that are there already."""
+    found = []
+    while not generation._events.empty():
+        found.append(generation._events.get_nowait())
+    return found
+
+
+# -- opening -----------------------------------------------------------------------------------------------------------
+
+
+async def test_open_returns_when_every_hop_has_room(world: World) -> None:
+    opening = asyncio.create_task(world.entry.open(request()))
+    await asyncio.sleep(0)
+    (first, one), (second, two) = world.take(m.Open)
+    assert (first, second) == ("a", "b")
+    world.say(m.Opened("s", one.epoch, 0, 0), first)
+    await asyncio.sleep(0)
+    assert not opening.done()
+    world.say(m.Opened("s", two.epoch, 1, 0), second)
+    generation = await opening
+    assert generation.route == "name-a:0-4,name-b:4-8"
+    assert world.entry.sessions() == [generation]
+
+
+async def test_the_journal_holds_the_whole_request(world: World) -> None:
+    asked = request(
+        priority="batch", timeout_s=9.0, max_retries=3, balance="memory", allowed_nodes=("a", "b"), prompt_logprobs=0
+    )
+    opening = asyncio.create_task(world.entry.open(asked))
+    await asyncio.sleep(0)
+    journal = world.posted[0].message.request
+    assert msgspec.msgpack.decode(journal.form, type=GenerationRequest) == asked
+    assert (journal.model, journal.prompt, journal.sampling) == (asked.model, asked.prompt, asked.sampling)
+    assert (journal.priority, journal.timeout_s, journal.max_retries) == ("batch", 9.0, 3)
+    assert (journal.balance, journal.allowed_nodes, journal.prompt_logprobs) == ("memory", ("a", "b"), True)
+    opening.cancel()
+    assert not module._journal(request()).prompt_logprobs
+
+
+async def test_without_a_route_nothing_is_started(world: World) -> None:
+    world.seen = view(member("a", (0, 4)))
+    with pytest.raises(NoRoute, match=r"\[4, 8\)|4"):
+        await world.entry.open(request())
+    assert world.entry.sessions() == []
+    assert world.posted == []
+
+
+async def test_full_hops_are_a_capacity_error_and_everything_is_released(world: World) -> None:
+    opening = asyncio.create_task(world.entry.open(request(max_retries=0)))
+    await asyncio.sleep(0)
+    world.refuse(1, "busy", "no pages", 3.0)
+    with pytest.raises(CapacityError, match="no pages") as caught:
+        await opening
+    assert caught.value.retry_after_s == 3.0
+    assert [to for to, _ in world.take(m.Release)] == ["a", "b"]
+    assert world.entry.sessions() == []
+
+
+async def test_a_full_hop_is_gone_around() -> None:
+    world = World(member("a", (0, 4)), member("b", (4, 8)), member("c", (4, 8), rtt_ms=50.0))
+    opening = asyncio.create_task(world.entry.open(request()))
+    await asyncio.sleep(0)
+    world.refuse(1, "busy")
+    assert world.answer_opens() == ["a", "c"]
+    generation = await opening
+    assert generation.route == "name-a:0-4,name-c:4-8"
+    generation.finish("cancelled")
+
+
+async def test_a_client_that_gives_up_while_it_opens_leaves_nothing_behind(world: World) -> None:
+    opening = asyncio.create_task(world.entry.open(request()))
+    await asyncio.sleep(0)
+    asked = world.take(m.Open)
+    opening.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await opening
+    assert [to for to, _ in world.take(m.Release)] == ["a", "b"]
+    assert world.entry.sessions() == []
+    # The answer that was on its way: the hop holds room for a session that nobody wants.
+    world.say(m.Opened("s", asked[0][1].epoch, 0, 0), "a")
+    assert world.take(m.Release) == [("a", m.Release("s", asked[0][1].epoch))]
+
+
+async def test_cancelling_while_it_opens_ends_the_wait(world: World) -> None:
+    opening = asyncio.create_task(world.entry.open(request()))
+    await asyncio.sleep(0)
+    (generation,) = world.entry.sessions()
+    await generation.cancel("cancelled")
+    with pytest.raises(asyncio.CancelledError):
+        await opening
+    assert world.entry.sessions() == []
+
+
+async def test_a_session_that_breaks_while_it_opens_is_an_error_of_open(world: World) -> None:
+    opening = asyncio.create_task(world.entry.open(request(max_retries=0)))
+    await asyncio.sleep(0)
+    world.entry.lost("b", "reset")
+    with pytest.raises(SessionLost, match="hop 1 was lost"):
+        await opening
+    assert world.entry.sessions() == []
+
+
+# -- streaming ---------------------------------------------------------------------------------------------------------
+
+
+async def test_tokens_come_in_order_and_then_the_end(world: World) -> None:
+    generation = await world.open()
+    world.draw(generation, 30, 31, STOP)
+    events = await rest(generation)
+    assert [(e.position, e.token, e.logprob, e.top) for e in events[:-1]] == [
+        (6, 30, -0.5, ((30, -0.5),)),
+        (7, 31, -0.5, ((31, -0.5),)),
+        (8, STOP, -0.5, ((STOP, -0.5),)),
+    ]
+    assert events[-1] == EndEvent("stop")
+    assert [to for to, _ in world.take(m.Release)] == ["a", "b"]
+    assert world.entry.sessions() == []
+
+
+async def test_the_length_is_an_end_too(world: World) -> None:
+    generation = await world.open(request(max_tokens=2))
+    world.draw(generation, 30, 31)
+    assert (await rest(generation))[-1] == EndEvent("length")
+
+
+@pytest.mark.parametrize("reason", ["cancelled", "disconnected"])
+async def test_cancelling_ends_the_stream_after_what_came(reason: Any, world: World) -> None:
+    generation = await world.open()
+    world.draw(generation, 30)
+    await generation.cancel(reason)
+    assert [type(event) for event in await rest(generation)] == [TokenEvent]
+    assert world.entry.sessions() == []
+    posted = len(world.posted)
+    await generation.cancel(reason)
+    generation.acknowledge(6)
+    assert len(world.posted) == posted
+
+
+async def test_a_stop_string_is_a_stop(world: World) -> None:
+    generation = await world.open()
+    world.draw(generation, 30)
+    await generation.cancel("stop")
+    assert (await rest(generation))[-1] == EndEvent("stop")
+
+
+async def test_a_session_that_breaks_raises_after_what_came(world: World) -> None:
+    generation = await world.open(request(max_retries=0))
+    world.draw(generation, 30)
+    world.entry.lost("a", "reset")
+    got: list[Any] = []
+    with pytest.raises(SessionLost, match="1 of at most 4 tokens"):
+        await rest(generation, got)
+    assert [event.token for event in got] == [30]
+    assert world.entry.sessions() == []
+
+
+async def test_the_clients_progress_reaches_the_first_hop(world: World) -> None:
+    generation = await world.open(request(max_tokens=100))
+    world.draw(generation, *[30] * 10)
+    world.posted.clear()
+    for position in range(6, 16):
+        generation.acknowledge(position)
+    assert world.take(m.Ack) == [("a", m.Ack("s", generation.session.epoch, 14))]
+
+
+async def test_a_protocols_complaint_goes_to_the_node(world: World) -> None:
+    generation = await world.open()
+    world.say(m.Token("s", generation.session.epoch, 6, 30), "a")
+    assert [(type(event), event.sender) for event in world.events] == [(Rejected, "a")]
+
+
+async def test_messages_for_sessions_that_ended_are_dropped(world: World) -> None:
+    world.say(m.Token("gone", (1, "me"), 6, 30), "a")
+    world.say(m.Refused("gone", (1, "me"), 0, "failed", "x"), "a")
+    assert world.posted == []
+
+
+# -- log-probabilities of the prompt -----------------------------------------------------------------------------------
+
+
+def scored(events: list[Any]) -> list[tuple[int, int]]:
+    """(first position, rows) of each PromptEvent; that values fit their positions is checked here."""
+    for event in events:
+        assert event.logprobs == tuple(float(-(event.start + i)) for i in range(len(event.logprobs)))
+        assert event.tops == tuple(((event.start + i, 0.0),) for i in range(len(event.logprobs)))
+    return [(event.start, len(event.logprobs)) for event in events if isinstance(event, PromptEvent)]
+
+
+@pytest.mark.parametrize(
+    ("chunks", "passed"),
+    [
+        ([(1, 5)], [(1, 5)]),
+        ([(1, 2), (3, 3)], [(1, 2), (3, 3)]),
+        ([(1, 2), (1, 2), (3, 3)], [(1, 2), (3, 3)]),
+        ([(1, 3), (1, 5)], [(1, 3), (4, 2)]),
+        ([(1, 3), (3, 3)], [(1, 3), (4, 2)]),
+        ([(2, 4), (1, 5)], [(1, 5)]),
+        ([(1, 5), (1, 5)], [(1, 5)]),
+        ([(1, 8)], [(1, 5)]),
+        ([(1, 5), (1, 8)], [(1, 5)]),
+        ([(1, 5), (6, 3)], [(1, 5)]),
+        ([(0, 3)], [(1, 2)]),
+        ([(-5, 3)], []),
+    ],
+)
+async def test_each_position_of_the_prompt_is_scored_once(chunks: Any, passed: Any, world: World) -> None:
+    """A substitute scores again, and it scores the tokens that were drawn too: those are not the prompt's."""
+    generation = await world.open(request(prompt_logprobs=1))
+    for start, n in chunks:
+        world.scores(generation, start, n)
+    assert scored(waiting(generation)) == passed
+
+
+# -- recovering --------------------------------------------------------------------------------------------------------
+
+
+async def test_a_lost_hop_is_replaced_and_the_stream_goes_on() -> None:
+    world = World(member("a", (0, 4)), member("b", (4, 8)), member("c", (4, 8), rtt_ms=50.0))
+    generation = await world.open()
+    world.draw(generation, 30)
+    world.entry.lost("b", "reset")
+    assert generation.recoveries == ()
+    assert world.answer_opens() == ["a", "c"]
+    world.now += 0.25
+    world.draw(generation, 31, STOP)
+    assert [e.token for e in (await rest(generation))[:-1]] == [30, 31, STOP]
+    (shown,) = generation.recoveries
+    assert (shown.cause, shown.hop, shown.detected_by, shown.pause_ms) == ("reset", "1", "reset", 250.0)
+    assert [trace.cause for trace in world.recovered] == ["reset"]
+
+
+async def test_a_lost_node_is_news_to_all_sessions_on_it() -> None:
+    world = World(member("a", (0, 8)), member("b", (0, 8), rtt_ms=50.0))
+    one, two = await world.open(request("s1")), await world.open(request("s2"))
+    world.entry.lost("z", "dead")
+    assert world.take(m.Open) == []
+    world.entry.lost("a", "dead")
+    assert sorted(message.session for _, message in world.take(m.Open)) == ["s1", "s2"]
+    for generation in (one, two):
+        generation.finish("cancelled")
+
+
+async def test_the_sessions_deadline_rings(world: World) -> None:
+    generation = await world.open(request(timeout_s=0.01))
+    world.now += 1.0
+    with pytest.raises(SessionLost, match=r"deadline of 0\.01 s"):
+        await rest(generation)
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [("busy", CapacityError), ("no_route", NoRoute), ("session_lost", SessionLost), ("timeout", SessionLost)],
+)
+def test_each_failure_is_an_error_of_the_tree(code: Any, kind: type[MeshError]) -> None:
+    error = module._error_of(core.Failed(code, "why", 7.0))
+    assert (type(error), str(error)) == (kind, "why")
+    assert not isinstance(error, CapacityError) or error.retry_after_s == 7.0
+
+
+# -- finding, leases ---------------------------------------------------------------------------------------------------
+
+
+async def test_a_session_is_found_with_its_further_choices(world: World) -> None:
+    for name in ("s", "s-1", "s-2", "sx", "t-s"):
+        await world.open(request(name))
+    assert [g.session.id for g in world.entry.find("s")] == ["s", "s-1", "s-2"]
+    assert [g.session.id for g in world.entry.find("s-1")] == ["s-1"]
+    assert world.entry.find("none") == []
+
+
+async def test_leases_are_renewed_one_message_a_peer(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, two = await world.open(request("s1")), await world.open(request("s2"))
+    turns: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        turns.append(seconds)
+        if len(turns) == 2:
+            raise asyncio.CancelledError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.asyncio, "sleep", sleep)
+        with pytest.raises(asyncio.CancelledError):
+            await world.entry.renew_leases()
+    held = (("s1", one.session.epoch), ("s2", two.session.epoch))
+    assert world.take(m.Lease) == [("a", m.Lease(held)), ("b", m.Lease(held))]
+    assert turns == [module.LEASE_EVERY_S] * 2
+
+
+# -- routes ------------------------------------------------------------------------------------------------------------
+
+
+async def test_the_requests_wishes_reach_the_router() -> None:
+    world = World(member("a", (0, 8)), member("b", (0, 8), rtt_ms=50.0), member("c", (0, 8), rtt_ms=90.0))
+    for asked, nodes in (
+        (request("s1"), ["a"]),
+        (request("s2", allowed_nodes=("name-c",)), ["c"]),
+        (request("s3", max_layers=4), ["a", "b"]),
+    ):
+        opening = asyncio.create_task(world.entry.open(asked))
+        await asyncio.sleep(0)
+        assert sorted(to for to, _ in world.take(m.Open)) == nodes
+        opening.cancel()
+        await asyncio.gather(opening, return_exceptions=True)
+
+
+async def test_round_robin_takes_turns_and_own_sessions_count_as_load() -> None:
+    world = World(member("a", (0, 8)), member("b", (0, 8)))
+    for policy in ("round_robin", "least_connections"):
+        routes = [(await world.open(request(f"{policy}{i}", balance=policy))).route for i in range(4)]
+        assert sorted(routes) == ["name-a:0-8"] * 2 + ["name-b:0-8"] * 2
+        for generation in world.entry.sessions():
+            generation.finish("cancelled")
+
+
+@pytest.mark.parametrize(
+    ("hardware", "exact", "promise"),
+    [
+        (("x", "x"), (True, True), "bitwise"),
+        (("x", "y"), (True, True), "tokens"),
+        (("x", "x"), (True, False), "tokens"),
+        (("x", "x"), (False, False), "tokens"),
+    ],
+)
+async def test_what_a_route_promises(hardware: Any, exact: Any, promise: str) -> None:
+    spans = {"a": (0, 4), "b": (4, 8)}
+    made = [
+        member(name, spans[name], hardware=kind, exact=passed)
+        for name, kind, passed in zip(("a", "b"), hardware, exact, strict=True)
+    ]
+    world = World(*made)
+    generation = await world.open()
+    assert world.entry.exactness(generation.session.route) == promise
+    world.seen = view(made[0])
+    assert world.entry.exactness(generation.session.route) == "tokens", "a node that is not known promises nothing"
+    assert generation.route == "name-a:0-4,b:4-8"
+    generation.finish("cancelled")
+
+
+async def test_a_substitute_of_the_survivors_hardware_is_preferred() -> None:
+    def made(name: str, span: tuple[int, int], hardware: str, rtt_ms: float = 0.0) -> MemberView:
+        return member(name, span, hardware=hardware, exact=True, rtt_ms=rtt_ms)
+
+    nearer = made("c", (4, 8), "y", 10.0)
+    world = World(made("a", (0, 4), "x"), made("b", (4, 8), "x"), nearer, made("d", (4, 8), "x", 50.0))
+    generation = await world.open()
+    world.draw(generation, 30)
+    world.entry.lost("b", "reset")
+    assert [to for to, _ in world.take(m.Open)] == ["a", "d"]
+    generation.finish("cancelled")
