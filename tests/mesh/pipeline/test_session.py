@@ -403,6 +403,21 @@ def test_the_first_hop_hears_every_few_tokens_what_the_client_has_taken() -> Non
     assert owner.core.acknowledge(0, owner.now) == []
 
 
+def test_opening_anew_acknowledges_what_was_accepted() -> None:
+    owner = Owner().open()
+    for _ in range(10):
+        owner.token()
+    owner.core.acknowledge(owner.core.accepted, owner.now)
+    owner.token()
+    owner.core.lost("b", "reset", owner.now)
+    owner.open(OTHER)
+    acks = []
+    for _ in range(CONFIG.ack_every):
+        owner.token()
+        acks.append(sends(owner.core.acknowledge(owner.core.accepted, owner.now)))
+    assert acks == [[]] * (CONFIG.ack_every - 1) + [[("a", m.Ack("s", (2, "me"), owner.core.accepted))]]
+
+
 def test_a_slow_client_is_no_stall() -> None:
     owner = Owner().open()
     for _ in range(m.RUN_AHEAD):
@@ -503,7 +518,6 @@ def test_a_token_ends_the_alarm() -> None:
     owner = Owner().open()
     owner.wait_for_stall()
     owner.token()
-    assert owner.standing((3, 3), (3, 3), (3, 3)) == []
     owner.wait_for_stall()
 
 

@@ -555,6 +555,15 @@ def test_the_first_hop_runs_a_bounded_number_of_tokens_past_the_owner() -> None:
     assert hopper.hop.submitted == 6 + m.RUN_AHEAD
 
 
+def test_an_acknowledgement_that_comes_late_takes_nothing_back() -> None:
+    hopper = Hopper(0)
+    hopper.feed(4, *[30] * 26)
+    for accepted in (30, 5):
+        assert hopper.receive(m.Ack("s", (1, OWNER), accepted), OWNER) == []
+    hopper.feed(30, *[30] * 30)
+    assert hopper.hop.submitted == 60
+
+
 def test_only_the_owner_acknowledges() -> None:
     hopper = Hopper(0)
     hopper.feed(4, *[30] * 50)
@@ -694,6 +703,13 @@ def test_a_release_frees(counter: int) -> None:
     assert events(hopper.receive(m.Release("s", (counter, OWNER)), OWNER)) == [s.Free(hopper.key)]
     assert hopper.core.sessions() == []
     assert hopper.receive(m.Release("s", (counter, OWNER)), OWNER) == []
+
+
+def test_a_release_frees_what_waits_too() -> None:
+    hopper = Hopper(1)
+    hopper.receive(m.Forward("s", (2, OWNER), 0, 2, rows(0, 2)), "hop0")
+    hopper.receive(m.Release("s", (2, OWNER)), OWNER)
+    assert (hopper.core._held, hopper.core._held_frames, hopper.core._held_bytes) == ({}, 0, 0)
 
 
 def test_a_release_by_another_is_refused() -> None:
