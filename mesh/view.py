@@ -6,6 +6,7 @@ active placement).  Routing reads it, the coordinator plans from it, status show
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Literal
 
@@ -14,6 +15,9 @@ import msgspec
 from mesh.capacity import NodeCapacity
 from mesh.placement import Placement, survivability
 from mesh.types import LayerSpan, ModelId, ModelInfo, NodeId, NodeProfile
+
+NEAR_MS = 10.0
+"""Round trips below this are one machine or one site; what differs there is how busy the nodes are."""
 
 MemberState = Literal["alive", "suspect", "dead", "left"]
 
@@ -95,9 +99,24 @@ class MeshView(msgspec.Struct, frozen=True):
         return gaps(spans, model.n_layers)
 
     def may_drop(self, span: LayerSpan) -> bool:
-        """Whether others can serve all of ``span``, so that this node may give it up without a hole."""
-        others = [held for member, held in self.ready_spans(span.model) if member.id != self.me]
+        """Whether others can serve all of ``span``, and go on holding it, so that this node may give it up.
+
+        What a member holds but is not to hold, or holds while it drains, does not count: it would be given up as well,
+        each relying on the other.
+        """
+        others = [
+            LayerSpan(span.model, max(held.start, part.start), min(held.end, part.end))
+            for member, held in self.ready_spans(span.model)
+            for node, part in self._assigned(span.model)
+            if node == member.id != self.me and not member.profile.draining
+        ]
+        others = [part for part in others if part.start < part.end]
         return not any(start < span.end and span.start < end for start, end in gaps(others, span.end))
+
+    def _assigned(self, model: ModelId) -> tuple[tuple[NodeId, LayerSpan], ...]:
+        """Who is to hold what of ``model``, by the active placement."""
+        entry = self.placement.of(model)
+        return tuple((assigned.node, assigned.span) for assigned in entry.spans) if entry else ()
 
     def survivability(self) -> dict[ModelId, int]:
         """Of the placement, over the live members that are not draining."""
@@ -120,9 +139,20 @@ class MeshView(msgspec.Struct, frozen=True):
 
 
 def capacity(member: MemberView) -> NodeCapacity:
-    """A member as placement sees it."""
+    """A member as placement sees it.
+
+    A busy machine measures itself at half its speed, and another time not: what is measured is compared in powers of
+    two, so that layers do not move on noise (docs/decisions/0005).
+    """
     p = member.profile
-    return NodeCapacity(member.id, p.weight_bytes, p.flops, p.bandwidth, p.rtt_ms, p.role, p.draining)
+    speeds = (power_of_two(p.flops), power_of_two(p.bandwidth))
+    rtt_ms = power_of_two(p.rtt_ms) if p.rtt_ms >= NEAR_MS else 0.0
+    return NodeCapacity(member.id, p.weight_bytes, *speeds, rtt_ms, p.role, p.draining)
+
+
+def power_of_two(measured: float) -> float:
+    """The nearest power of two; 0 stays 0."""
+    return 2.0 ** round(math.log2(measured)) if measured > 0 else 0.0
 
 
 def gaps(spans: list[LayerSpan], n_layers: int) -> tuple[tuple[int, int], ...]:

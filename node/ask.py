@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import http.client
 import json
+import ssl
 import time
 import urllib.error
 import urllib.parse
@@ -72,12 +73,21 @@ class Asker:
                 f"no admin key at {path} ({error.strerror}): name the node's --data-dir or --admin-key-file"
             ) from None
 
+    def _tls(self) -> ssl.SSLContext | None:
+        """For https: the system's authorities, and the mesh's own where the node runs from this data folder."""
+        if not self.api.startswith("https:"):
+            return None
+        context, own = ssl.create_default_context(), self._folder / "mesh.pem"
+        if own.exists():
+            context.load_verify_locations(own)
+        return context
+
     def _call(self, method: str, path: str, body: Any, key: str) -> Any:
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
         data = json.dumps(body).encode() if body is not None else None
         request = urllib.request.Request(self.api + path, data=data, headers=headers, method=method)
         try:
-            with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:
+            with urllib.request.urlopen(request, timeout=TIMEOUT_S, context=self._tls()) as answer:
                 return json.loads(answer.read())
         except urllib.error.HTTPError as error:
             raise NodeRefused(_message(error)) from None

@@ -111,6 +111,10 @@ def _device(text: str) -> str:
     return text
 
 
+def _folder(text: str) -> Path:
+    return Path(text).expanduser()
+
+
 def _name(text: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", text):
         raise ValueError("must be 1 to 63 letters, digits, dots, dashes or underscores")
@@ -135,7 +139,7 @@ SETTINGS = (
     Setting("model", parse_offer, "offer this model (may be repeated)", "PATH|HUB_ID[=NAME]", many=True),
     Setting("listen", parse_address, "peer door: TCP and UDP [127.0.0.1:9400]", "HOST:PORT"),
     Setting("api", parse_address, "public HTTP API [127.0.0.1:9000]", "HOST:PORT"),
-    Setting("data_dir", Path, "identity, state and cached weights [~/.local/share/murmur]", "DIR"),
+    Setting("data_dir", _folder, "identity, state and cached weights [~/.local/share/murmur]", "DIR"),
     Setting("name", _name, "shown in status [host name]", "NAME"),
     Setting("device", _device, "where layers are computed [auto]", "auto|cpu|cuda:N"),
     Setting("memory", parse_size, "for weights, keys and values [60 % of what is free]", "SIZE"),
@@ -187,6 +191,8 @@ def load(flags: Mapping[str, Any], environment: Mapping[str, str] = os.environ) 
 
 
 def default_data_dir(environment: Mapping[str, str] = os.environ) -> Path:
+    if environment.get("MESH_DATA_DIR"):
+        return _folder(environment["MESH_DATA_DIR"])
     base = environment.get("XDG_DATA_HOME") or str(Path.home() / ".local" / "share")
     return Path(base) / "murmur"
 
@@ -214,6 +220,9 @@ def _read_file(path: Path) -> dict[str, Any]:
     return values
 
 
+_EVERYWHERE = ("0.0.0.0", "[::]", "::", "")
+
+
 def _check_together(config: NodeConfig) -> None:
     if config.memory and config.weight_memory > config.memory:
         raise ConfigError(f"--weight-memory ({config.weight_memory}) is more than --memory ({config.memory})")
@@ -223,6 +232,8 @@ def _check_together(config: NodeConfig) -> None:
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice:
         raise ConfigError(f"--model: two models are named {twice!r}; give one of them another name with =NAME")
+    if config.api.rpartition(":")[0] in _EVERYWHERE and not config.api_advertise:
+        raise ConfigError(f"--api {config.api} is every address: say with --api-advertise URL how clients reach it")
     host = config.listen.rpartition(":")[0]
-    if host in ("0.0.0.0", "[::]", "") and not config.advertise:
+    if host in _EVERYWHERE and not config.advertise:
         raise ConfigError(f"--listen {config.listen} is every address: say with --advertise which one peers shall dial")

@@ -107,7 +107,7 @@ class Coordinator:
         previous = decode_placement(content.placement)
         # A second of computing with several models on a hundred nodes: not on the loop.
         wanted = await asyncio.to_thread(place, models, view.capacities(), previous)
-        if wanted == previous or any(member.state == "suspect" for member in view.members):
+        if _held(wanted) == _held(previous) or any(member.state == "suspect" for member in view.members):
             return
         raw = msgspec.msgpack.encode(wanted)
         await self._keeper.change(lambda now: msgspec.structs.replace(now, placement=raw))
@@ -137,6 +137,11 @@ class Coordinator:
                     now, sealed_ca=tuple(entry for entry in entries if entry[0] not in now.tombstones)
                 )
             )
+
+
+def _held(placement: Placement) -> list[tuple[object, ...]]:
+    """What of a placement nodes act upon: another split of the same spans is not worth a commit."""
+    return [(entry.model, entry.spans, entry.missing) for entry in placement.models]
 
 
 def decode_placement(raw: bytes) -> Placement:

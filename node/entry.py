@@ -12,7 +12,7 @@ from typing import Any, Literal
 import msgspec
 
 from mesh.core import Effect, Emit, Send
-from mesh.errors import CapacityError, MeshError, NoRoute, SessionLost
+from mesh.errors import CapacityError, Leaving, MeshError, NoRoute, RequestError, SessionLost
 from mesh.pipeline import messages as m
 from mesh.pipeline import session as core
 from mesh.routing import RouteRequest, find_route
@@ -127,23 +127,31 @@ class LiveGeneration:
     def _on_end(self, event: core.Ended | core.Failed) -> None:
         self._entry.forget(self)
         self._alarm.stop()
-        error = _error_of(event) if isinstance(event, core.Failed) else None
+        last = _last_of(event)
         if not self._opened.done():
-            # Refused before anything began, or cancelled by a caller that no longer waits.
-            if error is None:
-                self._opened.cancel()
-            else:
-                self._opened.set_exception(error)
-        if isinstance(event, core.Ended) and event.reason in ("stop", "length"):
-            self._events.put_nowait(EndEvent("stop" if event.reason == "stop" else "length"))
-        else:
-            self._events.put_nowait(error)
+            cancelled = RequestError("the session was cancelled", code="cancelled", status=409)
+            self._opened.set_exception(last if isinstance(last, MeshError) else cancelled)
+        self._events.put_nowait(last)
+
+    def abandon(self) -> None:
+        """Whoever opened it no longer waits."""
+        self._opened.cancel()
+        self.finish("cancelled")
 
 
-def _error_of(event: core.Failed) -> MeshError:
+def _last_of(event: core.Ended | core.Failed) -> EndEvent | MeshError:
+    """What the API hears last of a session."""
+    if isinstance(event, core.Ended):
+        reasons: dict[str, EndEvent] = {"stop": EndEvent("stop"), "length": EndEvent("length")}
+        reasons["cancelled"] = EndEvent("cancelled")
+        return reasons.get(event.reason) or Leaving("the node that answered is leaving: ask again, at another")
     if event.code == "busy":
         return CapacityError(event.why, event.retry_after_s)
-    return NoRoute(event.why) if event.code == "no_route" else SessionLost(event.why)
+    if event.code == "no_route":
+        return NoRoute(event.why)
+    lost = SessionLost(event.why)
+    lost.code = event.code
+    return lost
 
 
 def _shown(trace: core.Recovery) -> Recovery:
@@ -189,7 +197,7 @@ class Entry:
             generation.step(session.start(self.clock()))
             await generation.opened()
         except asyncio.CancelledError:
-            generation.finish("cancelled")
+            generation.abandon()
             raise
         return generation
 

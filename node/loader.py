@@ -10,29 +10,33 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
+from mesh.capacity import span_bytes
 from mesh.errors import ConfigError, MeshError
 from mesh.types import LayerSpan, ModelId
 from mesh.view import MeshView
 from node.telemetry import get_logger
 from node.weights.keeper import Weights
+from node.weights.store import WeightsError
 
 RETRY_S = 2.0
 LOOK_S = 0.25
 
 
 class Loader:
-    """Which spans are loaded, loading or refused.  ``changed`` is called whenever that is another now."""
+    """Which spans are loaded, loading or refused.  ``room``: bytes that weights may take; ``changed`` is called
+    whenever anything of it is another now."""
 
     def __init__(
         self,
         engine: Any,
         weights: Weights,
         *,
+        room: int,
         view: Callable[[], MeshView],
         in_use: Callable[[LayerSpan], bool],
         changed: Callable[[], None],
     ) -> None:
-        self._engine, self._weights = engine, weights
+        self._engine, self._weights, self._room = engine, weights, room
         self._view, self._in_use, self._changed = view, in_use, changed
         self._log = get_logger("loader")
         self._wake = asyncio.Event()
@@ -80,7 +84,11 @@ class Loader:
             lacks = held is None or not held.covers(span.start, span.end)
             # Not loaded but in use: sessions still run over weights that were dropped.
             if lacks and span not in self._retry_at and not (held is None and self._in_use(span)):
-                return await self._load(span, _grown(held, span), view)
+                grown = self._way_to(span, held, view)
+                if grown is None:
+                    self._refuse(span, WeightsError("no memory for both: waits until others hold what it gives up"))
+                    continue
+                return await self._load(span, grown, view)
         for model, held in self.loaded.items():
             wish = wanted.get(model)
             spare = _spare(held, wish)
@@ -88,6 +96,21 @@ class Loader:
             free = view.placement.of(model) is None or all(map(view.may_drop, spare))
             if spare and free and wish not in self._retry_at and not any(map(self._in_use, spare)):
                 return await (self._load(wish, wish, view) if wish is not None else self._drop(held))
+
+    def _way_to(self, wish: LayerSpan, held: LayerSpan | None, view: MeshView) -> LayerSpan | None:
+        """What to load: with what is held, so that nothing is missing meanwhile; where memory lacks for both, the wish
+        alone once others hold the rest and no session runs over it.  ``None``: not yet."""
+        grown = _grown(held, wish)
+        if grown == wish or self._bytes(grown, view) <= self._room:
+            return grown
+        spare = _spare(held, wish) if held else []
+        return wish if all(map(view.may_drop, spare)) and not any(map(self._in_use, spare)) else None
+
+    def _bytes(self, grown: LayerSpan, view: MeshView) -> int:
+        """Of all weights here, were ``grown`` what is held of its model."""
+        spans = [grown, *(span for model, span in self.loaded.items() if model != grown.model)]
+        known = [(view.model(span.model), span) for span in spans]
+        return sum(span_bytes(model, span.start, span.end) for model, span in known if model)
 
     async def _load(self, wish: LayerSpan, span: LayerSpan, view: MeshView) -> None:
         """Fetch and load ``span``, for the sake of ``wish``; the engine keeps the layers that it has already."""

@@ -58,9 +58,11 @@ class Mail:
             self._deliver(item, sender)
 
     def _flush(self) -> None:
-        while self._local:
-            self._deliver(self._local.popleft(), self.me)
-        self._flushing = False
+        try:
+            while self._local:
+                self._deliver(self._local.popleft(), self.me)
+        finally:  # whatever a delivery does wrong, the next post must be sent
+            self._flushing = False
         out, self._out = self._out, {}
         for peer, messages in out.items():
             small = [message for message in messages if not isinstance(message, m.Forward)]

@@ -61,6 +61,7 @@ from node.security.tls import PeerTls
 from node.service import NodeService
 from node.stage import StageService
 from node.telemetry import Telemetry, get_logger
+from node.text.tokenizer import load_tokenizer
 from node.weights.keeper import Weights
 from node.weights.serve import FILE_PATH, HAVE_PATH, DoorFiles, FileServer
 
@@ -146,6 +147,7 @@ class Node:
         self.loader = Loader(
             self.engine,
             self.weights,
+            room=self.machine.weight_bytes,
             view=lambda: self.view,
             in_use=self.stage.core.in_use,
             changed=self._on_loaded,
@@ -251,8 +253,11 @@ class Node:
 
     async def _close(self, api: ApiServer) -> None:
         for generation in self.entry.sessions():
-            generation.finish("cancelled")
-        await api.stop()
+            generation.finish("leaving")
+        try:
+            await api.stop()
+        except TimeoutError:
+            self._log.warning("open responses were cut off")
         self.stage.stop()
         await self.peers.stop()
         await self.engine.stop()
@@ -306,6 +311,7 @@ class Node:
     async def offer(self, source: str, name: str) -> ModelInfo:
         """Offer the model at ``source`` to the mesh as ``name``.  Raises ``ConfigError`` when it cannot be served."""
         found = await self.weights.offer(source, name, self.machine.dtype(self.config))
+        await asyncio.to_thread(load_tokenizer, found.folder)
         await self.machine.check_servable(found.info, found.folder)
         self.offered[name] = found.info
         self.presence.announce()

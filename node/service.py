@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from mesh.errors import ConfigError, NoRoute, PeerUnreachable, RequestError
+from mesh.errors import ConfigError, Leaving, NoRoute, PeerUnreachable, RequestError
 from mesh.types import ModelId, ModelInfo, NodeId
 from mesh.view import MeshView
 from node.api.service import Caller, GenerationRequest, Scope
@@ -57,6 +57,8 @@ class NodeService:
     # -- generations ---------------------------------------------------------------------------------------------------
 
     async def open(self, request: GenerationRequest) -> LiveGeneration:
+        if self._node.draining:
+            raise Leaving("this node is leaving: ask another")
         return await self._node.entry.open(request)
 
     async def cancel(self, session: str, caller: Caller) -> bool:

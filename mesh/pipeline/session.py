@@ -153,6 +153,8 @@ class Session:
         self._placement_id: m.PlacementId = (0, 0)
         self._opened: dict[int, int] = {}
         self._suspects: dict[NodeId, float] = {}
+        self._busy: m.Refused | None = None
+        """The last full hop, while nothing has begun: why there is no route, if there is none."""
         self._visited: dict[NodeId, None] = {}
         self._incident: _Incident | None = None
         self._retries = 0
@@ -226,6 +228,8 @@ class Session:
         if self.state is not State.ROUTING:
             return []
         if not self._begun and self._incident is None:
+            if self._busy is not None:
+                return self._fail("busy", self._busy.why, self._busy.retry_after_s)
             return self._fail("no_route", why)
         lost_before = now + self.config.suspect_s - self.config.forgive_s
         self._suspects = {node: until for node, until in self._suspects.items() if until > lost_before}
@@ -366,6 +370,7 @@ class Session:
         """A full hop at the start: try another route; when none is left the driver's ``busy`` ends it."""
         assert self.route is not None
         self._retries += 1
+        self._busy = message
         self._suspects[self.route.hops[index].node] = now + message.retry_after_s
         if self._retries > self.request.max_retries:
             return self._fail("busy", message.why, message.retry_after_s)

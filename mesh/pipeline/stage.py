@@ -119,6 +119,8 @@ class _Hop:
         self.asked = -1
         self.checkpoints = Checkpoints()
         self.tokens: list[int] = []
+        self.scores: dict[int, tuple[float, tuple[tuple[int, float], ...]]] = {}
+        """Position -> (logprob, top) of the tokens drawn here that the owner may not have yet, in order."""
         self.request = message.request
         self.follow(message, now)
 
@@ -133,6 +135,7 @@ class _Hop:
         self.lease_from = now
         self.sent = None
         self.asked = -1
+        self.scores = {}
         self.acked = max(self.acked, message.accepted)
         if message.request is not None:
             self.request = message.request
@@ -479,6 +482,8 @@ class StageCore:
         assert hop.done == len(hop.tokens)
         position = len(hop.tokens)
         hop.tokens.append(result.token)
+        hop.scores[position] = (result.logprob, result.top)
+        hop.scores.pop(position - 2 * m.RUN_AHEAD, None)  # the owner has that one: hop 0 does not run so far ahead
         effects.append(Send(hop.owner, m.Token(session, hop.epoch, position, result.token, result.logprob, result.top)))
         if m.finish_reason(hop.request, hop.drawn) is None:
             if hop.first:
@@ -525,8 +530,9 @@ class StageCore:
         effects.append(Send(hop.owner, standing))
         if hop.last:
             effects += [
-                Send(hop.owner, m.Token(session, hop.epoch, position, hop.tokens[position]))
-                for position in range(max(0, message.accepted), len(hop.tokens))
+                Send(hop.owner, m.Token(session, hop.epoch, position, hop.tokens[position], *score))
+                for position, score in hop.scores.items()
+                if position >= message.accepted
             ]
         if hop.first and not hop.last:
             effects.append(Send(hop.before, m.Gap(session, hop.epoch, len(hop.tokens))))

@@ -79,6 +79,7 @@ async def chat_call(
     structure = await structure_of(body.response_format, body.tools, body.tool_choice, supported=supported)
     sampling = _sampling(api, request, body, model, tokenizer, logprobs=logprobs, grammar=structure.grammar)
     text = await chat_text(tokenizer, body.messages, body, list(structure.tools))
+    params.check_length(text, tokenizer, model, param="messages")
     ids = await encode_off_loop(tokenizer, text, special=False)
     wanted = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     param = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
@@ -108,25 +109,33 @@ async def completion_call(
     base = _base_request(context, request, raw, body, model, sampling, "completion")
     base = msgspec.structs.replace(base, echo=echo, prompt_logprobs=logprobs if echo else -1)
     nothing = body.max_tokens == 0 and echo  # score the prompt only: draw one token and do not show it
+    for prompt in prompts:
+        if isinstance(prompt, str):
+            params.check_length(prompt, tokenizer, model, param="prompt")
+    long = sum(map(len, prompts)) > LONG_TEXT
     choices: list[Choice] = []
     total = 0
     for prompt in prompts:
-        ids, text = await _prompt(tokenizer, prompt, echo)
+        ids = await _ids(tokenizer, prompt, long)
         total += len(ids)
         limit = params.fit(len(ids), 1 if nothing else body.max_tokens, COMPLETION_TOKENS, model, param="max_tokens")
+        text = await _text(tokenizer, prompt, long) if echo else ""
         requests = _choices(base, ids, limit, n, first=len(choices))
         choices += [Choice(each.choice, each, text, nothing) for each in requests]
     return Call(tuple(choices), total, tokenizer, structure)
 
 
-async def _prompt(tokenizer: Tokenizer, prompt: str | tuple[int, ...], echo: bool) -> tuple[tuple[int, ...], str]:
-    """A prompt's ids, and its text where it is to be echoed."""
+async def _ids(tokenizer: Tokenizer, prompt: str | tuple[int, ...], long: bool) -> tuple[int, ...]:
     if not isinstance(prompt, str):
-        return prompt, tokenizer.decode(prompt) if echo else ""
-    ids = await encode_off_loop(tokenizer, prompt, special=True)
+        return prompt
+    ids = await encode_off_loop(tokenizer, prompt, special=True, long=long)
     if not ids:
         raise RequestError("prompt must hold at least one token", param="prompt", code="invalid_prompt")
-    return tuple(ids), prompt if echo else ""
+    return tuple(ids)
+
+
+async def _text(tokenizer: Tokenizer, prompt: str | tuple[int, ...], long: bool) -> str:
+    return prompt if isinstance(prompt, str) else await off_loop(long, lambda: tokenizer.decode(prompt))
 
 
 async def chat_text(

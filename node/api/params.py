@@ -10,6 +10,7 @@ import msgspec
 from mesh.errors import RequestError
 from mesh.types import ModelInfo, Priority, SamplingParams
 from node.api.schemas import GenerationBody, MeshOptions
+from node.text.tokenizer import Tokenizer
 
 MAX_CHOICES = 128
 MAX_STOPS = 16
@@ -138,6 +139,17 @@ def fit(prompt: int, wanted: int | None, default: int, model: ModelInfo, *, para
             code="context_length_exceeded",
         )
     return wanted if wanted is not None else min(room, default)
+
+
+def check_length(text: str, tokenizer: Tokenizer, model: ModelInfo, *, param: str) -> None:
+    """RequestError for a text so long that it cannot fit the context, before it is encoded."""
+    if tokenizer.least(text) > model.max_context:
+        raise RequestError(
+            f"this model's maximum context length is {model.max_context} tokens; {len(text)} characters are at least "
+            f"{tokenizer.least(text)}; shorten {param}",
+            param=param,
+            code="context_length_exceeded",
+        )
 
 
 def mesh_extras(options: MeshOptions | None, headers_priority: Priority = "normal") -> MeshExtras:

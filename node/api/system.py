@@ -15,6 +15,9 @@ from node.api.schemas import DetokenizeBody, TokenizeBody, read_body, read_objec
 from node.telemetry import CONTENT_TYPE
 from node.text.tokenizer import LONG_TEXT, encode_off_loop, off_loop
 
+MAX_TOKENIZE_CHARS = 1_000_000
+"""Past any context that is served; counting the tokens of more costs seconds and hundreds of megabytes."""
+
 
 async def health(request: web.Request) -> web.Response:
     """The process lives and its loop turns."""
@@ -70,10 +73,18 @@ async def tokenize(request: web.Request) -> web.Response:
         text, special = body.prompt, body.add_special_tokens is not False
     else:
         raise RequestError("prompt or messages is needed", param="prompt", code="invalid_request")
+    if len(text) > MAX_TOKENIZE_CHARS:
+        raise RequestError(
+            f"{len(text)} characters are more than the {MAX_TOKENIZE_CHARS} that are tokenized at once",
+            param="prompt" if body.messages is None else "messages",
+            code="context_length_exceeded",
+        )
     ids = await encode_off_loop(tokenizer, text, special=special)
     answer: dict[str, Any] = {"count": len(ids), "max_model_len": model.max_context, "tokens": ids}
     if body.return_token_strs:
-        answer["token_strs"] = [tokenizer.token_bytes(i).decode("utf-8", "replace") for i in ids]
+        answer["token_strs"] = await off_loop(
+            len(ids) > LONG_TEXT, lambda: [tokenizer.token_bytes(i).decode("utf-8", "replace") for i in ids]
+        )
     return json_response(answer)
 
 

@@ -4,6 +4,9 @@ Loading imports transformers and takes a second: do it off the loop (``Tokenizer
 go to the Rust tokenizer directly where there is one (a few microseconds a token, no shared state, so safe from
 any thread); transformers' own wrappers are ten times slower and not thread-safe.  A tokenizer in plain Python
 works too, under a lock.
+
+A text of megabytes takes seconds and half a kilobyte of memory a token, so three things bound it: callers refuse what
+cannot fit (``least``) unread, long work goes to few threads, and encoding there lets go of the interpreter's lock.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import functools
 import json
 import threading
 from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +27,8 @@ from mesh.types import ModelId
 
 LONG_TEXT = 16_384
 """Characters past which encoding leaves the event loop (about 5 ms of work)."""
+LONG_AT_ONCE = 2
+"""Long texts in work at the same time; more wait.  Threads, so that one whose client hung up still counts."""
 
 T = TypeVar("T")
 
@@ -37,6 +43,7 @@ class Tokenizer:
         self.eos_ids = eos_ids
         self.size = len(hf)
         """Ids are below this; the model's own vocabulary may be padded past it."""
+        self._longest = max(map(len, hf.get_vocab()), default=1)
         self.special_ids = _special_ids(hf, self._rust)
         self.has_chat_template = bool(getattr(hf, "chat_template", None))
         self._byte_level = self._rust is not None and '"ByteLevel"' in _decoder_of(self._rust)
@@ -45,9 +52,15 @@ class Tokenizer:
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Ids of ``text``; ``special`` adds what the model expects around it (a BOS, say)."""
         if self._rust is not None:
-            return list(self._rust.encode(text, add_special_tokens=special).ids)
+            # Not ``encode``: that one holds the interpreter's lock, and with it the event loop, to the end of the text.
+            return list(self._rust.encode_batch([text], add_special_tokens=special)[0].ids)
         with self._lock:
             return list(self._hf.encode(text, add_special_tokens=special))
+
+    def least(self, text: str) -> int:
+        """Fewer ids than this cannot spell ``text``: a word of the vocabulary, in characters or in printable stand-ins
+        for bytes, is never longer than the longest."""
+        return -(-len(text) // self._longest)
 
     def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
         """Text of ``ids``, bytes that are no UTF-8 as U+FFFD; ``special`` shows special tokens as well."""
@@ -151,13 +164,17 @@ class Tokenizers:
         self._tasks = {key: task for key, task in self._tasks.items() if key[0] != model}
 
 
+_threads = ThreadPoolExecutor(LONG_AT_ONCE, thread_name_prefix="text")
+
+
 async def off_loop(long: bool, call: Callable[[], T]) -> T:
-    """``call()``, in a worker thread when it would hold up the event loop."""
-    return await asyncio.to_thread(call) if long else call()
+    """``call()``, in one of a few worker threads when it would hold up the event loop."""
+    return await asyncio.get_running_loop().run_in_executor(_threads, call) if long else call()
 
 
-def encode_off_loop(tokenizer: Tokenizer, text: str, *, special: bool) -> Awaitable[list[int]]:
-    return off_loop(len(text) > LONG_TEXT, functools.partial(tokenizer.encode, text, special=special))
+def encode_off_loop(tokenizer: Tokenizer, text: str, *, special: bool, long: bool = False) -> Awaitable[list[int]]:
+    """``long``: off the loop even where ``text`` is short, as one of many."""
+    return off_loop(long or len(text) > LONG_TEXT, functools.partial(tokenizer.encode, text, special=special))
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -54,7 +54,8 @@ def test_help_is_quick() -> None:
         (["--role", "boss"], ["--role", "witness"]),
         (["--listen", "0.0.0.0:0"], ["--advertise"]),
         (["--device", "cuda:0"], ["--device cuda:0", "CPU"]),
-        (["--role", "witness", "--api", "0.0.0.0:0"], ["API key"]),
+        (["--role", "witness", "--api", "0.0.0.0:0"], ["--api-advertise"]),
+        (["--role", "witness", "--api", "0.0.0.0:0", "--api-advertise", "http://10.0.0.9:9000"], ["API key"]),
     ],
 )
 def test_settings(tmp_path: Path, words: list[str], says: list[str]) -> None:

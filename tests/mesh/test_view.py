@@ -5,9 +5,9 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from mesh.placement import NodeCapacity, place
+from mesh.placement import Assigned, ModelPlacement, NodeCapacity, Placement, place
 from mesh.types import LayerSpan, NodeProfile
-from mesh.view import MemberView, MeshView, gaps
+from mesh.view import MemberView, MeshView, gaps, power_of_two
 from tests.mesh.views import PLAIN, member, view
 
 
@@ -29,11 +29,21 @@ def test_who_holds_what() -> None:
 
 
 def test_a_span_may_be_dropped_when_others_serve_all_of_it() -> None:
-    mesh = msgspec.structs.replace(view(member("a", (0, 4)), member("b", (4, 6))), me="b")
-    assert not mesh.may_drop(LayerSpan("m", 4, 6))
-    both = view(member("a", (0, 4)), member("b", (2, 6)), member("c", (3, 6)))
-    assert msgspec.structs.replace(both, me="b").may_drop(LayerSpan("m", 2, 6))
-    assert not msgspec.structs.replace(both, me="a").may_drop(LayerSpan("m", 0, 4))
+    """And go on holding it: two that hold the same must not each rely on the other."""
+
+    def held(me: str, to_hold: dict[str, tuple[int, int]], *members: MemberView) -> MeshView:
+        spans = tuple(Assigned(node, LayerSpan("m", a, b)) for node, (a, b) in to_hold.items())
+        return msgspec.structs.replace(view(*members), me=me, placement=Placement((ModelPlacement(PLAIN, spans),)))
+
+    two = (member("a", (0, 4)), member("b", (4, 6)))
+    assert not held("b", {"a": (0, 4)}, *two).may_drop(LayerSpan("m", 4, 6))
+    three = (member("a", (0, 4)), member("b", (2, 6)), member("c", (3, 6)))
+    stay = {"a": (0, 4), "c": (3, 6)}
+    assert held("b", stay, *three).may_drop(LayerSpan("m", 2, 6))
+    assert not held("a", stay, *three).may_drop(LayerSpan("m", 0, 4))
+    assert not held("b", {"a": (0, 4), "c": (3, 5)}, *three).may_drop(LayerSpan("m", 2, 6))
+    leaving = (member("a", (0, 4)), member("c", (3, 6), draining=True))
+    assert not held("b", stay, *leaving).may_drop(LayerSpan("m", 2, 6))
 
 
 def test_a_model_is_known_from_the_placement_or_an_offer() -> None:
@@ -63,7 +73,14 @@ def test_survivability_counts_the_living_that_stay() -> None:
 def test_capacities_for_the_coordinator() -> None:
     a = MemberView("a", "alive", NodeProfile(weight_bytes=5, flops=1.0, bandwidth=2.0, rtt_ms=3.0, draining=True))
     mesh = MeshView("a", (a, MemberView("b", "dead"), MemberView("c", "suspect")))
-    assert mesh.capacities() == (NodeCapacity("a", 5, 1.0, 2.0, 3.0, "any", True), NodeCapacity("c", 0))
+    assert mesh.capacities() == (NodeCapacity("a", 5, 1.0, 2.0, 0.0, "any", True), NodeCapacity("c", 0))
+
+
+@pytest.mark.parametrize(
+    ("measured", "compared"), [(0.0, 0.0), (1.0, 1.0), (1.4, 1.0), (1.5, 2.0), (90e9, 2.0**36), (0.3, 0.25)]
+)
+def test_noise_of_measurements_moves_no_layers(measured: float, compared: float) -> None:
+    assert power_of_two(measured) == compared
 
 
 @pytest.mark.parametrize(

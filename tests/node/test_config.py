@@ -41,7 +41,7 @@ def test_defaults() -> None:
 GIVEN: dict[str, tuple[str, Any]] = {
     "model": ("/models/a=b", (ModelOffer("/models/a", "b"),)),
     "listen": ("10.0.0.1:1", "10.0.0.1:1"),
-    "api": (":2", "0.0.0.0:2"),
+    "api": ("[::1]:2", "[::1]:2"),
     "data_dir": ("/d", Path("/d")),
     "name": ("ann", "ann"),
     "device": ("cuda:1", "cuda:1"),

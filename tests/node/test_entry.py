@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from mesh.core import Rejected, Send
-from mesh.errors import CapacityError, MeshError, NoRoute, SessionLost
+from mesh.errors import CapacityError, MeshError, NoRoute, RequestError, SessionLost
 from mesh.pipeline import messages as m
 from mesh.pipeline import session as core
 from mesh.types import ModelId, SamplingParams
@@ -195,7 +195,7 @@ async def test_cancelling_while_it_opens_ends_the_wait(world: World) -> None:
     await asyncio.sleep(0)
     (generation,) = world.entry.sessions()
     await generation.cancel("cancelled")
-    with pytest.raises(asyncio.CancelledError):
+    with pytest.raises(RequestError, match="cancelled"):
         await opening
     assert world.entry.sessions() == []
 
@@ -237,7 +237,9 @@ async def test_cancelling_ends_the_stream_after_what_came(reason: Any, world: Wo
     generation = await world.open()
     world.draw(generation, 30)
     await generation.cancel(reason)
-    assert [type(event) for event in await rest(generation)] == [TokenEvent]
+    received = await rest(generation)
+    assert [type(event) for event in received] == [TokenEvent, EndEvent]
+    assert received[-1] == EndEvent("cancelled")
     assert world.entry.sessions() == []
     posted = len(world.posted)
     await generation.cancel(reason)
@@ -361,8 +363,10 @@ async def test_the_sessions_deadline_rings(world: World) -> None:
     [("busy", CapacityError), ("no_route", NoRoute), ("session_lost", SessionLost), ("timeout", SessionLost)],
 )
 def test_each_failure_is_an_error_of_the_tree(code: Any, kind: type[MeshError]) -> None:
-    error = module._error_of(core.Failed(code, "why", 7.0))
+    error = module._last_of(core.Failed(code, "why", 7.0))
     assert (type(error), str(error)) == (kind, "why")
+    assert isinstance(error, MeshError)
+    assert error.code == {"busy": "rate_limit_exceeded"}.get(code, code)
     assert not isinstance(error, CapacityError) or error.retry_after_s == 7.0
 
 

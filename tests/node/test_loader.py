@@ -41,13 +41,21 @@ class World:
         self.news: list[tuple[Any, ...]] = []
         self.on_bring: Callable[[Callable[[int, int], None]], None] = lambda progress: None
         monkeypatch.setattr(asyncio.get_running_loop(), "time", lambda: self.now)
-        self.loader = Loader(self, self, view=self._view, in_use=self._in_use, changed=self._changed)  # type: ignore[arg-type]
+        self.loader = Loader(self, self, room=1 << 40, view=self._view, in_use=self._in_use, changed=self._changed)  # type: ignore[arg-type]
 
     def place(self, *wishes: LayerSpan, others: tuple[LayerSpan, ...] = (), known: tuple[ModelInfo, ...] = ()) -> None:
         """This node shall hold ``wishes``; other members hold ``others`` now."""
         models = {info.id: info for info in known or (model(),)}
         entries = [
-            ModelPlacement(info, tuple(Assigned("me", wish) for wish in wishes if wish.model == name))
+            ModelPlacement(
+                info,
+                tuple(
+                    Assigned(node, x)
+                    for node, held in (("me", wishes), ("other", others))
+                    for x in held
+                    if x.model == name
+                ),
+            )
             for name, info in models.items()
         ]
         other = MemberView("other", "alive", NodeProfile(spans=others, models=tuple(models.values())))
@@ -281,7 +289,7 @@ async def test_it_looks_at_once_when_it_is_woken(monkeypatch: pytest.MonkeyPatch
         return MeshView("me")
 
     nothing: Any = None
-    made = Loader(nothing, nothing, view=view, in_use=lambda piece: False, changed=lambda: None)
+    made = Loader(nothing, nothing, room=0, view=view, in_use=lambda piece: False, changed=lambda: None)
     task = asyncio.create_task(made.run())
     await asyncio.wait_for(looks.get(), 5.0)
     for _ in range(3):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,15 @@ import pytest
 from mesh.errors import ConfigError, RequestError
 from mesh.types import ModelId
 from node.text.detokenize import UNFINISHED, ChoiceText, Detokenizer, StopStrings, certain
-from node.text.tokenizer import Tokenizer, Tokenizers, eos_ids, load_tokenizer
+from node.text.tokenizer import (
+    LONG_AT_ONCE,
+    Tokenizer,
+    Tokenizers,
+    encode_off_loop,
+    eos_ids,
+    load_tokenizer,
+    off_loop,
+)
 from tests.fakes import make_tokenizer
 
 TEXT = "Hello wörld 😀 日本語 naïve   spaces\n\ttabs — “q” é́ 👩\u200d👩\u200d👧 the lazy dog"
@@ -33,6 +43,41 @@ def test_pieces_join_to_the_text_and_never_show_half_a_character(tokenizer: Toke
         pieces = [detokenizer.push(token) for token in ids[cut:]]
         assert "".join(pieces) == TEXT[len(head) :], f"after {cut} tokens of prompt"
         assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_a_text_needs_at_least_its_length_in_longest_words(tokenizer: Tokenizer) -> None:
+    longest = max(tokenizer._hf.get_vocab(), key=len)
+    for text in (TEXT, longest * 50, "the " * 99, "日本" * 40, "x", ""):
+        assert tokenizer.least(text) <= len(tokenizer.encode(text, special=False)), text
+    assert tokenizer.least("x" * 100 * len(longest)) == 100
+
+
+async def test_a_long_text_does_not_hold_up_the_event_loop() -> None:
+    tokenizer, worst = make_tokenizer(), 0.0
+    task = asyncio.ensure_future(encode_off_loop(tokenizer, "a b " * 150_000, special=False))
+    began = last = time.monotonic()
+    while not task.done():
+        await asyncio.sleep(0.001)
+        worst, last = max(worst, time.monotonic() - last), time.monotonic()
+    assert len(task.result()) > 100_000
+    assert worst < (last - began) / 2, "the loop turned while it was encoded"
+
+
+async def test_few_long_texts_are_in_work_at_a_time() -> None:
+    running, most = 0, 0
+    lock = threading.Lock()
+
+    def work() -> None:
+        nonlocal running, most
+        with lock:
+            running += 1
+            most = max(most, running)
+        time.sleep(0.01)
+        with lock:
+            running -= 1
+
+    await asyncio.gather(*(off_loop(True, work) for _ in range(8)))
+    assert most <= LONG_AT_ONCE
 
 
 def test_a_prompt_cut_within_a_character_is_completed() -> None:

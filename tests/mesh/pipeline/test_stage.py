@@ -784,10 +784,18 @@ def test_an_idle_middle_hop_says_where_it_stands_and_asks_again() -> None:
 
 
 def test_the_sampler_repeats_the_tokens_that_the_owner_lacks() -> None:
-    hopper = Hopper(2, drawn=(20, 21, 22))
-    effects = hopper.receive(m.Progress("s", (1, OWNER), 5), OWNER)
-    tokens = [(x.position, x.token) for _, x in sends(effects) if isinstance(x, m.Token)]
-    assert tokens == [(5, 21), (6, 22)]
+    """With their scores; what it was opened with, the owner has."""
+    hopper = Hopper(2, drawn=(20,))
+    hopper.forward(0, 5)
+    work = hopper.work.pop(0)
+    result = s.Computed(work.key, work.tag, 0, 5, token=21, logprob=-0.5, top=((21, -0.5),))
+    hopper.note(hopper.core.computed([result], 0.0))
+    effects = hopper.receive(m.Progress("s", (1, OWNER), 4), OWNER)
+    assert [x for _, x in sends(effects) if isinstance(x, m.Token)] == [
+        m.Token("s", (1, OWNER), 5, 21, -0.5, ((21, -0.5),))
+    ]
+    later = hopper.receive(m.Progress("s", (1, OWNER), 6), OWNER)
+    assert not [x for _, x in sends(later) if isinstance(x, m.Token)]
 
 
 def test_the_first_hop_asks_the_sampler_for_tokens() -> None:

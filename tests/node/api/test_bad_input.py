@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from mesh.errors import CapacityError
+from node.text.tokenizer import Tokenizer
 from tests.fakes import FakeService
 from tests.node.api.conftest import Http, chat_body, serve
 
@@ -90,6 +91,31 @@ async def test_the_context_length(http: Http) -> None:
     assert (status, http.service.opened[-1].request.sampling.max_tokens) == (200, 6)
     status, body = await http.chat(max_completion_tokens=300)
     assert body["error"]["code"] == "context_length_exceeded"
+
+
+async def test_what_cannot_fit_is_refused_before_it_is_encoded(http: Http, monkeypatch: pytest.MonkeyPatch) -> None:
+    longest = max(map(len, http.service._tokenizer._hf.get_vocab()))
+    text = "a " * (256 * longest)
+    encoded: list[int] = []
+
+    def encode(self: Tokenizer, text: str, *, special: bool = True) -> list[int]:
+        encoded.append(len(text))
+        return [9] * 5
+
+    monkeypatch.setattr(Tokenizer, "encode", encode)
+    for path, body, param in (
+        ("/v1/completions", {"prompt": text, "max_tokens": 1}, "prompt"),
+        ("/v1/completions", {"prompt": ["short", text]}, "prompt"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": text}]}, "messages"),
+        ("/v1/responses", {"input": text}, "messages"),
+        ("/tokenize", {"prompt": "a " * 600_000}, "prompt"),
+        ("/tokenize", {"messages": [{"role": "user", "content": "a " * 600_000}]}, "messages"),
+    ):
+        status, answer, _ = await http.post(path, body)
+        assert (status, answer["error"]["code"]) == (400, "context_length_exceeded"), path
+        assert answer["error"]["param"] == param
+    assert not encoded
+    assert (await http.post("/tokenize", {"prompt": text}))[0] == 200, "what is longer than the context can be counted"
 
 
 @pytest.mark.parametrize(
