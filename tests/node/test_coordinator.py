@@ -324,8 +324,10 @@ async def test_the_revoked_get_no_key_though_gossip_still_sees_them() -> None:
     gone = world.ids[1]
     left = tuple(entry for entry in world.keeper.content.sealed_ca if entry[0] != gone)
     world.keeper.content = msgspec.structs.replace(world.keeper.content, tombstones=(gone,), sealed_ca=left)
+    before = world.keeper.commits
     await world.share()
     assert gone not in world.holders
+    assert world.keeper.commits == before, "and no commit is spent on it"
 
 
 async def test_who_is_revoked_while_the_key_is_shared_gets_none() -> None:
