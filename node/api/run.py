@@ -14,7 +14,7 @@ from types import TracebackType
 
 import msgspec
 
-from mesh.errors import MeshError, RequestError
+from mesh.errors import MeshError, RequestError, SessionLost
 from node.api.context import Api
 from node.api.service import EndEvent, Event, Generation, GenerationRequest, PromptEvent, Recovery, TokenEvent, Top
 from node.api.structured import CallFilter, Structure, ToolCall
@@ -114,7 +114,7 @@ class _State:
 
     def _end(self, event: EndEvent) -> Delta:
         if event.reason == "cancelled":
-            raise RequestError(f"cancelled after {self.count} tokens", code="cancelled", status=409)
+            raise _cancelled(self.count)
         return self._last(self._filter.push(self._text.end()), event.reason)
 
     def _last(self, text: str, reason: str) -> Delta:
@@ -209,6 +209,12 @@ class Run:
                         waiting.reschedule(None)
                         self._api.telemetry.queue_time.observe(time.monotonic() - self._started)
                         await self._drive(choice)
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            # Nobody cancelled this task: the session was cancelled under it, while it was opened say.
+            await self._queue.put(_cancelled(0))
         except MeshError as error:
             await self._queue.put(error)
         except TimeoutError:
@@ -234,7 +240,7 @@ class Run:
                     await self._queue.put(delta)
                 if state.finish is not None:
                     return
-            raise AssertionError("a generation ended without an EndEvent")
+            raise SessionLost(f"the session ended after {state.count} tokens, and why is not known")
         finally:
             del self._open[choice.index]
             await generation.cancel("stop" if reason == "stop" else "disconnected")
@@ -248,6 +254,10 @@ class Run:
         telemetry.prompt_tokens.inc(len(choice.request.prompt))
         telemetry.generation_tokens.inc(state.count)
         telemetry.success.labels(state.finish).inc()
+
+
+def _cancelled(tokens: int) -> RequestError:
+    return RequestError(f"cancelled after {tokens} tokens", code="cancelled", status=409)
 
 
 class _TokenClock:

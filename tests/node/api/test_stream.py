@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 
 import msgspec
+import pytest
 
 from mesh.errors import NoRoute, SessionLost
-from tests.fakes import MODEL, FakeService, make_tokenizer
+from node.api.service import EndEvent, Event, GenerationRequest, TokenEvent
+from tests.fakes import MODEL, FakeGeneration, FakeService, make_tokenizer
 from tests.node.api.conftest import Http, chat_body, parse_sse, serve
 
 REPLY = "Hello there, how are you?"
@@ -249,3 +252,57 @@ async def test_64_streams_at_once(http: Http) -> None:
     for events in await asyncio.gather(*tasks):
         assert events[-1][1] == "[DONE]"
         assert "".join(d["choices"][0]["delta"].get("content", "") for _, d in events[:-1]) == REPLY
+
+
+class Ends(FakeGeneration):
+    """Gives one token, then ends as ``how`` says."""
+
+    how: type[BaseException] | EndEvent | None = None
+
+    async def _events(self) -> AsyncIterator[Event]:
+        self.drawn = 1
+        yield TokenEvent(len(self.request.prompt), self._script[0])
+        if isinstance(self.how, EndEvent):
+            yield self.how
+        elif self.how is not None:
+            raise self.how()
+
+
+class EndsOddly(FakeService):
+    """``open`` makes a generation that ends as ``how`` says, or ends so itself."""
+
+    how: type[BaseException] | EndEvent | None = None
+    while_opening = False
+
+    async def open(self, request: GenerationRequest) -> FakeGeneration:
+        if self.while_opening:
+            raise asyncio.CancelledError
+        generation = Ends(self, request, self.script(request))
+        generation.how = self.how
+        self.live.add(generation)
+        return generation
+
+
+@pytest.mark.parametrize(
+    ("how", "while_opening", "status", "code"),
+    [
+        (None, True, 409, "cancelled"),
+        (asyncio.CancelledError, False, 409, "cancelled"),
+        (EndEvent("cancelled"), False, 409, "cancelled"),
+        (None, False, 503, "session_lost"),
+    ],
+)
+async def test_a_session_that_ends_under_its_request(
+    how: type[BaseException] | EndEvent | None, while_opening: bool, status: int, code: str
+) -> None:
+    service = EndsOddly()
+    service.how, service.while_opening = how, while_opening
+    async for http in serve(service):
+        async with asyncio.timeout(10):
+            seen, body = await http.chat()
+            assert (seen, body["error"]["code"]) == (status, code)
+            if while_opening:
+                return
+            events = await http.stream(CHAT, chat_body())
+        assert events[-1][1] == "[DONE]"
+        assert events[-2][1]["error"]["code"] == code
