@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from gossip import config as presets
@@ -28,10 +29,16 @@ NEVER = 1_000_000
 """Checkers look at every row of a table after so many steps; what changes is looked at after each."""
 
 
-def quietly(world: World) -> World:
-    """G1-G4 are checked after every step, of what the step changed."""
-    GossipChecks(world, full_every=NEVER)
-    return world
+@contextlib.contextmanager
+def checking(world: World, checked: bool = True) -> Iterator[None]:
+    """G1-G4 are checked after every step, of what the step changed; a violation carries the last events as a note."""
+    if checked:
+        GossipChecks(world, full_every=NEVER)
+    try:
+        yield
+    except AssertionError as violation:
+        violation.add_note("\n".join(world.lines(200)))
+        raise
 
 
 # -- Q1, Q3: crashes
@@ -93,17 +100,16 @@ class Watch:
 def crashes(n: int, seed: int, config: GossipConfig, count: int, loss: float, checked: bool) -> dict[str, list[float]]:
     """One power cut every 1.5 s until ``count`` of ``n`` members are gone."""
     world = warm_world(n, seed, config, NetParams(loss=loss))
-    if checked:
-        quietly(world)
     watch = Watch(world)
-    world.run(10.0)
-    for victim in world.rng_for("victims").sample(list(world.nodes), count):
-        world.run(world.now + 1.5)
-        watch.crash(victim)
-    for _ in range(100):
-        world.run(world.now + 1.0)
-        if watch.all_known():
-            break
+    with checking(world, checked):
+        world.run(10.0)
+        for victim in world.rng_for("victims").sample(list(world.nodes), count):
+            world.run(world.now + 1.5)
+            watch.crash(victim)
+        for _ in range(100):
+            world.run(world.now + 1.0)
+            if watch.all_known():
+                break
     return watch.times()
 
 
@@ -143,8 +149,6 @@ def idle_bytes(n: int, seed: int, config: GossipConfig, seconds: float = 60.0) -
 def joins(n: int, seed: int, config: GossipConfig, checked: bool, limit_s: float = 150.0) -> list[float]:
     """``n`` nodes start within one second and know one seed: when each sees all, since the first start."""
     world = gossip_world(n, seed, config, stagger_s=1.0 / n, seeds=1)
-    if checked:
-        quietly(world)
     full: dict[str, float] = {}
 
     def look(world: World, node: str) -> None:
@@ -152,7 +156,8 @@ def joins(n: int, seed: int, config: GossipConfig, checked: bool, limit_s: float
             full[node] = world.now
 
     world.after_step.append(look)
-    world.run(limit_s, stop=lambda: len(full) == n)
+    with checking(world, checked):
+        world.run(limit_s, stop=lambda: len(full) == n)
     return [*full.values(), *[math.inf] * (n - len(full))]
 
 
@@ -191,9 +196,10 @@ def stalls(n: int, seed: int, config: GossipConfig, ill: int, stall_s: float, se
 
 def lossy(n: int, seed: int, config: GossipConfig, seconds: float, loss: float = 0.1) -> int:
     """Uniform loss and nothing else: deaths declared."""
-    world = quietly(warm_world(n, seed, config, NetParams(loss=loss)))
+    world = warm_world(n, seed, config, NetParams(loss=loss))
     deaths = FalseDeaths(world, set(world.nodes))
-    world.run(seconds)
+    with checking(world):
+        world.run(seconds)
     return deaths.count
 
 
