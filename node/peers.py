@@ -25,7 +25,7 @@ from mesh.election import messages as election_messages
 from mesh.election.config import ElectionConfig
 from mesh.election.durable import Durable
 from mesh.election.election import Election
-from mesh.errors import PeerError, PeerUnreachable
+from mesh.errors import ConfigError, PeerError, PeerUnreachable
 from mesh.types import NodeId
 from mesh.wire import Codec
 from node.driver import Driver
@@ -148,9 +148,12 @@ class Peers:
         if isinstance(message, gossip_messages.STREAM):
             self._send_frame(to, GOSSIP, gossip_messages.STREAM_CODEC.encode(message), droppable=True)
             return
-        address = self.swim.address_of(to)
-        if address and self._udp is not None:
-            self._udp.send(parse_address(address), gossip_messages.DATAGRAM_CODEC.encode(message))
+        try:
+            address = parse_address(self.swim.address_of(to) or "")
+        except ConfigError:  # a member says its own address, and may say nonsense
+            return
+        if self._udp is not None:
+            self._udp.send(address, gossip_messages.DATAGRAM_CODEC.encode(message))
 
     def _send_election(self, to: NodeId, message: Any) -> None:
         self._send_frame(to, ELECTION, ELECTION_CODEC.encode(message))
