@@ -13,6 +13,7 @@ from aiohttp import web
 from mesh.errors import ConfigError, MeshError
 from node.api import admin, openai, system
 from node.api.context import API, CONTEXT, Api, ApiSettings, Context
+from node.api.door import Listener, read_body_in_time
 from node.api.errors import error_object, error_response, http_error_response
 from node.api.service import Service
 from node.telemetry import Telemetry, get_logger
@@ -59,6 +60,8 @@ async def _middleware(request: web.Request, handler: Handler) -> web.StreamRespo
         try:
             api.guard.check_source(request)
             context.caller = api.guard.caller(request, api.service)
+            if request.method == "POST" and request.match_info.http_exception is None:
+                await read_body_in_time(request, api.settings)
             response = await handler(request)
         except web.HTTPException as error:
             response = http_error_response(error, request.method, request.path)
@@ -66,6 +69,8 @@ async def _middleware(request: web.Request, handler: Handler) -> web.StreamRespo
             raise
         except Exception as error:
             response = _failed(api, error)
+            if response.status == 408:  # the rest of its body would be taken for a request
+                response.force_close()
         _log(request, context, response.status)
         return response
 
@@ -109,22 +114,23 @@ class ApiServer:
         self.api = app[API]
         # Without handler_cancellation a client that hangs up would hold its pages to the end of its generation.
         self._runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=5.0)
+        self._listener = Listener(self._runner, settings)
         self.port = settings.port
 
     async def start(self, tls: ssl.SSLContext | None = None) -> None:
         """Listen; ``port`` then says where.  ConfigError where the address is taken or not ours."""
         await self._runner.setup()
-        site = web.TCPSite(self._runner, self._settings.host, self._settings.port, ssl_context=tls, backlog=1024)
         try:
-            await site.start()
+            await self._listener.start(tls)
         except OSError as error:
             await self._runner.cleanup()
             raise ConfigError(
                 f"--api {self._settings.host}:{self._settings.port}: cannot listen: {error.strerror or error}"
             ) from error
-        self.port = self._runner.addresses[0][1]
+        self.port = self._listener.port
 
     async def stop(self) -> None:
         """Stop accepting, give running responses 5 s, close the rest."""
+        self._listener.close()
         async with asyncio.timeout(30):
             await self._runner.cleanup()

@@ -29,6 +29,9 @@ class ApiSettings:
         keepalive_s: float = 10.0,
         default_max_tokens: int = 4096,
         max_body_bytes: int = 8 * 1024 * 1024,
+        body_s: float = 30.0,
+        idle_s: float = 75.0,
+        max_connections: int = 512,
     ) -> None:
         self.host, self.port = host, port
         self.max_sessions, self.max_queue = max_sessions, max_queue
@@ -39,6 +42,12 @@ class ApiSettings:
         self.default_max_tokens = default_max_tokens
         """Of a chat without max_tokens: pages are reserved when it is let in, so it cannot be without bound."""
         self.max_body_bytes = max_body_bytes
+        self.body_s = body_s
+        """For the body of a request, and more for a large one (``door``)."""
+        self.idle_s = idle_s
+        """For the headers of a connection's first request, and between two requests."""
+        self.max_connections = max_connections
+        """Well below the usual 1024 open files, which peers need too."""
 
 
 class Api:
