@@ -39,7 +39,9 @@ def make_parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
     join = verbs.add_parser("join", help="run a node: found a mesh, or join one with a TOKEN")
-    join.add_argument("token", nargs="?", metavar="TOKEN", help="from another node; without it a mesh is founded")
+    join.add_argument(
+        "token", nargs="?", metavar="TOKEN", help="from another node, or in MESH_TOKEN; without it a mesh is founded"
+    )
     settings.add_flags(join)
     join.set_defaults(act=act_join)
 

@@ -183,7 +183,7 @@ def load(flags: Mapping[str, Any], environment: Mapping[str, str] = os.environ) 
             if text is not None and text != "":
                 values[row.field] = _value(row, text, where)
                 break
-    config = NodeConfig(token=flags.get("token") or "", **values)
+    config = NodeConfig(token=flags.get("token") or environment.get("MESH_TOKEN") or "", **values)
     if not values.get("data_dir"):
         config = msgspec.structs.replace(config, data_dir=default_data_dir(environment))
     _check_together(config)

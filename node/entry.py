@@ -110,7 +110,9 @@ class LiveGeneration:
         try:
             route = self._entry.find_route(self.request, ask)
         except NoRoute as error:
-            self.step(self.session.unroutable(str(error), now))
+            entry = self._entry.view().placement.of(self.request.model)
+            why = entry.missing if entry and entry.missing else str(error)
+            self.step(self.session.unroutable(why, now))
         else:
             exact = self._entry.exactness(route)
             self.step(self.session.follow(route, self._entry.view().placement_id, now, exact))

@@ -87,10 +87,6 @@ class DataFolder:
         """Durable when this returns."""
         write_durably(self.membership_path, membership.to_pem())
 
-    def forget_membership(self) -> None:
-        """After leaving for good: the folder keeps its identity, and may join again by a new token."""
-        self.membership_path.unlink(missing_ok=True)
-
     @property
     def membership_path(self) -> Path:
         """The PEM file that TLS contexts load."""

@@ -14,7 +14,7 @@ from node.peers import Peers
 
 NO_COORDINATOR = (
     "no coordinator is known: a majority of the voters cannot be reached. What is placed is served; "
-    "nobody is admitted and nothing is placed anew"
+    "nobody is admitted and nothing is placed anew. If they are gone for good: python -m node takeover"
 )
 
 

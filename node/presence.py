@@ -78,7 +78,7 @@ class Presence:
         node = self._node
         while True:
             await asyncio.sleep(REMEMBER_S)
-            membership = node.folder.membership()
+            membership = await asyncio.to_thread(node.folder.membership)
             if membership is not None:
                 node.telemetry.cert_expiry.set(membership.expires - time.time())
             members = [x for x in node.peers.swim.members() if x.node != node.me and x.state == "alive"]

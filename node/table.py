@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 
 def print_status(document: dict[str, Any], *, clear: bool = False) -> None:
@@ -29,18 +29,21 @@ def print_status(document: dict[str, Any], *, clear: bool = False) -> None:
 
 
 def _members(document: dict[str, Any]) -> Table:
-    table = Table("NODE", "STATE", "API", "PEERS", "LAYERS", "LOAD", box=None, pad_edge=False)
+    whole = Column("API", no_wrap=True)  # an address that is cut short is of no use
+    table = Table("NODE", "STATE", "ROLE", whole, "LAYERS", "LOAD", box=None, pad_edge=False)
     for member in document["members"]:
         spans = escape(" ".join(f"{s['model']}[{s['start']}:{s['end']}]" for s in member["spans"]))
         for span in member["loading"]:
-            spans += f" [yellow]loading {span['start']}-{span['end'] - 1}: {member['fetched']} %[/]"
+            spans += f" [yellow]loading \\[{span['start']}:{span['end']}], {member['fetched']} % fetched[/]"
         for why in member["refused"]:
             spans += f" [red]{escape(why)}[/]"
         load = member["load"]
         busy = f"{load['running']} running, {load['tokens_per_s']:.0f} tokens/s"
+        if member["state"] in ("dead", "left"):
+            spans, busy = "", "-"
         colour = {"alive": "green", "suspect": "yellow", "dead": "red"}.get(member["state"], "dim")
         state = f"[{colour}]{member['state']}[/]"
-        said = (escape(member["name"]), state, escape(member["api"]), escape(member["peer"]))
+        said = (escape(member["name"]), state, escape(member["role"]), escape(member["api"]))
         table.add_row(*said, spans or "-", busy)
     return table
 
@@ -50,7 +53,8 @@ def _models(document: dict[str, Any], names: dict[str, str]) -> Table:
     for model in document["placement"]["models"]:
         spans = " ".join(f"{names.get(s['node'], s['node'][:8])}[{s['start']}:{s['end']}]" for s in model["spans"])
         survives = document["survivability"].get(model["id"], {}).get("nodes_that_may_fail", 0)
-        table.add_row(escape(model["id"]), escape(model["missing"] or "") or spans, f"any {survives} nodes failing")
+        survived = "-" if model["missing"] else f"any {survives} nodes failing"
+        table.add_row(escape(model["id"]), escape(model["missing"] or "") or spans, survived)
     return table
 
 

@@ -66,7 +66,8 @@ class NotLeader(MeshError):
     retry_after_s = 1.0
 
     def __init__(self, leader: NodeId | None) -> None:
-        super().__init__(f"this node is not the coordinator; it believes in {leader or 'nobody'}")
+        nobody = "no coordinator is known here: a majority of the voters cannot be reached"
+        super().__init__(f"this node is not the coordinator; that is {leader}" if leader else nobody)
         self.leader = leader
 
 

@@ -142,7 +142,11 @@ def _guarded(act: Act) -> Callable[[web.Request], Awaitable[web.Response]]:
 
 def _check_ttl(ttl_s: float) -> None:
     if not 1 <= ttl_s <= MAX_TTL_S:
-        raise RequestError(f"ttl_s must be from 1 to {MAX_TTL_S:g}", param="ttl_s", code="out_of_range")
+        raise RequestError(
+            f"ttl_s must be from 1 to {MAX_TTL_S:.0f} seconds (ten years), not {ttl_s:g}",
+            param="ttl_s",
+            code="out_of_range",
+        )
 
 
 def _id(request: web.Request) -> str:

@@ -44,7 +44,7 @@ def make_app(service: Service, settings: ApiSettings, telemetry: Telemetry) -> w
             web.post("/tokenize", system.tokenize),
             web.post("/detokenize", system.detokenize),
             web.get("/tokenizer_info", system.tokenizer_info),
-            *(web.route("*", path, system.not_built) for path in NOT_BUILT),
+            *(web.route("*", path + rest, system.not_built) for path in NOT_BUILT for rest in ("", "/{rest:.*}")),
             *admin.routes(),
         ]
     )

@@ -168,9 +168,9 @@ async def chat_text(
 
 
 RESERVED = frozenset(
-    {"tokenize", "tools", "add_generation_prompt", "continue_final_message", "chat_template", "conversation",
+    {"messages", "conversations", "tokenize", "tools", "add_generation_prompt", "continue_final_message", "chat_template", "conversation",
      "return_dict", "return_tensors", "tokenizer_kwargs", "padding", "truncation", "max_length", "documents",
-     "return_assistant_tokens_mask"}
+     "return_assistant_tokens_mask", "sanitize_control_tokens", "self"}
 )  # fmt: skip
 """Arguments of the template call that are not the template's variables."""
 
@@ -250,10 +250,18 @@ def _idempotency_key(request: web.Request) -> str:
 def find_model(api: Api, name: str | None) -> ModelInfo:
     """The model of that name; where none is named, the only one there is."""
     models = api.service.models()
+    if not models:
+        raise RequestError(
+            "the mesh serves no model yet; offer one with `python -m node model add PATH` at a node that has its files",
+            param="model",
+            code="model_not_found",
+            status=404,
+        )
     if not name:
         if len(models) == 1:
             return models[0]
-        raise RequestError("model is missing", param="model", code="model_not_found")
+        known = ", ".join(m.id for m in models[:10])
+        raise RequestError(f"model is missing; there is: {known}", param="model", code="model_not_found")
     for model in models:
         if model.id == name:
             return model

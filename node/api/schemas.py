@@ -124,10 +124,19 @@ def read_object(body: bytes) -> dict[str, Any]:
     try:
         value = msgspec.json.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        name = _not_finite(body)
+        if name is not None:
+            raise RequestError(f"{name} must be a finite number", param=name, code="out_of_range") from error
         raise RequestError(f"the body is not valid JSON: {error}", code="invalid_json") from error
     if not isinstance(value, dict):
         raise RequestError("the body must be a JSON object", code="invalid_json")
     return value
+
+
+def _not_finite(body: bytes) -> str | None:
+    """The field that holds NaN or an infinity, as Python's json writes them or as a number too large for a float."""
+    found = re.search(rb'"(\w{1,40})"\s*:\s*(?:NaN|-?Infinity|-?\d[\d.]{0,40}[eE]\+?\d{3,40})\s*[,}]', body[:4096])
+    return found.group(1).decode("ascii", "replace") if found else None
 
 
 def read_body(kind: type[S], raw: dict[str, Any]) -> S:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -35,7 +36,9 @@ JSON = {"Content-Type": "application/json"}
         ("messages[0].content", None), ("messages[0].content", 5), ("messages[0].content", [{"type": "image_url"}]),
         ("response_format", {"type": "xml"}), ("response_format", {"type": "json_schema"}), ("response_format", 5),
         ("tool_choice", "required"), ("tool_choice", "perhaps"), ("tools[0]", [{"type": "x"}]), ("tools", 5),
-        ("chat_template_kwargs", {"tokenize": True}), ("continue_final_message", True), ("suffix", "x"),
+        ("chat_template_kwargs", {"tokenize": True}), ("chat_template_kwargs", {"messages": []}),
+        ("chat_template_kwargs", {"conversations": 1}), ("chat_template_kwargs", {"self": 1}),
+        ("chat_template_kwargs", {"sanitize_control_tokens": True}), ("continue_final_message", True), ("suffix", "x"),
         ("functions", [{"name": "f"}]), ("modalities", ["audio"]), ("guided_json", {}), ("vector_store_ids", ["v"]),
         ("use_beam_search", True), ("best_of", 4), ("model", 5),
     ],
@@ -77,6 +80,16 @@ async def test_an_unknown_model(http: Http) -> None:
         assert (status, body["error"]["code"], body["error"]["param"]) == (404, "model_not_found", "model")
     status, body = await http.get("/v1/models/gpt-9")
     assert (status, body["error"]["code"]) == (404, "model_not_found")
+
+
+async def test_a_mesh_without_models(http: Http) -> None:
+    http.service.known = []
+    for extra in ({"model": None}, {"model": "demo"}):
+        for path in ("/v1/chat/completions", "/v1/completions", "/tokenize"):
+            status, body, _ = await http.post(path, {**chat_body(), "prompt": "x", **extra})
+            assert (status, body["error"]["code"], body["error"]["param"]) == (404, "model_not_found", "model")
+            assert "no model yet" in body["error"]["message"]
+            assert "model add" in body["error"]["message"]
 
 
 async def test_the_context_length(http: Http) -> None:
@@ -136,8 +149,19 @@ async def test_too_large_a_body(http: Http) -> None:
     body = b'{"prompt": "' + b"x" * (8 * 1024 * 1024) + b'"}'
     async with http.session.post("/v1/completions", data=body, headers=JSON) as answer:
         assert answer.status == 413
-        assert (await answer.json())["error"]["code"] == "request_too_large"
+        error = (await answer.json())["error"]
+        assert error["code"] == "request_too_large"
+        assert str(len(body)) in error["message"]
+        assert str(8 * 1024 * 1024) in error["message"]
         assert answer.headers["x-request-id"]
+
+    async def pieces() -> AsyncIterator[bytes]:
+        for at in range(0, len(body), 65_536):
+            yield body[at : at + 65_536]
+
+    async with http.session.post("/v1/completions", data=pieces(), headers=JSON) as answer:
+        assert answer.status == 413
+        assert str(8 * 1024 * 1024) in (await answer.json())["error"]["message"]
 
 
 async def test_unknown_paths_and_methods(http: Http) -> None:
@@ -145,8 +169,12 @@ async def test_unknown_paths_and_methods(http: Http) -> None:
     assert (status, body["error"]["code"]) == (404, "not_found")
     status, body = await http.get("/v1/chat/completions")
     assert (status, body["error"]["code"]) == (405, "method_not_allowed")
-    status, body, _ = await http.post("/v1/embeddings", {"input": "x"})
-    assert (status, body["error"]["code"]) == (501, "not_supported")
+    for path in ("/v1/embeddings", "/v1/files/abc", "/v1/files/abc/content", "/v1/vector_stores/x/search"):
+        status, body, _ = await http.post(path, {"input": "x"})
+        assert (status, body["error"]["code"]) == (501, "not_supported")
+        assert path in body["error"]["message"]
+        assert (await http.get(path))[0] == 501
+    assert (await http.get("/v1/filesystem"))[0] == 404
     status, body = await http.get("/v1/sessions/abc/events")
     assert status == 404
 

@@ -114,6 +114,18 @@ async def test_bad_verbs(http: Http, path: str, body: object, param: str) -> Non
     assert (status, answer["error"]["param"]) == (400, param)
 
 
+@pytest.mark.parametrize("ttl", ["Infinity", "-Infinity", "NaN", "1e999", "-5", "0.5", "1e12"])
+async def test_a_lifetime_is_a_finite_number_of_seconds(http: Http, ttl: str) -> None:
+    for path in ("tokens", "keys"):
+        headers = {**ADMIN, "Content-Type": "application/json"}
+        body = f'{{"ttl_s": {ttl}}}'.encode()
+        async with http.session.post(f"/mesh/admin/{path}", data=body, headers=headers) as answer:
+            error = (await answer.json())["error"]
+        assert (answer.status, error["param"], error["code"]) == (400, "ttl_s", "out_of_range")
+        assert error["message"].startswith("ttl_s must be")
+        assert "e+" not in error["message"] or ttl == "1e12"
+
+
 def test_which_addresses_are_this_machines_own() -> None:
     assert all(map(is_loopback, ("127.0.0.1", "127.9.9.9", "::1", "[::1]", "localhost")))
     assert not any(map(is_loopback, ("0.0.0.0", "::", "10.0.0.1", "ann.lan", "")))
