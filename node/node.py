@@ -190,6 +190,7 @@ class Node:
             self.peers.election.run(),
             self.coordinator.run(),
             self.entry.renew_leases(),
+            self._watch_loop(),
             self.presence.publish(),
             self.lag.run(),
             self.presence.remember(),
@@ -220,6 +221,19 @@ class Node:
             await asyncio.sleep(1.0)
             if self.engine.failed is not None:
                 await self.engine.failed
+
+    async def _watch_loop(self) -> None:
+        """So does a bug in a callback of the loop, which would only be logged otherwise."""
+        bug: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def on_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+            error = context.get("exception")
+            self._log.error("a callback failed", what=context.get("message"), exc_info=error)
+            if isinstance(error, AssertionError) and not bug.done():
+                bug.set_exception(error)
+
+        asyncio.get_running_loop().set_exception_handler(on_error)
+        await bug
 
     def begin_leave(self) -> None:
         """Drain and leave; a second call leaves at once."""
