@@ -81,7 +81,7 @@ class AsyncMeshClient:
         self.nodes = Nodes([urls] if isinstance(urls, str) else urls, self._rng)
         self._key, self._patience_s, self._learns = api_key, patience_s, learn
         self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=connect_s, sock_read=silence_s)
-        self._tls = ssl.create_default_context(cafile=str(ca)) if ca is not None else None
+        self._tls = _trusting(ca) if ca is not None else None
         self._session: aiohttp.ClientSession | None = None
         self._learner: asyncio.Task[None] | None = None
         self._learned_at = float("-inf")
@@ -269,6 +269,16 @@ class AsyncMeshClient:
         if isinstance(members, list):
             alive = [m for m in members if isinstance(m, dict) and m.get("state") == "alive"]
             self.nodes.learn([str(m["api"]) for m in alive if m.get("api")], url)
+
+
+def _trusting(ca: str | Path) -> ssl.SSLContext:
+    """TLS that trusts the authorities in ``ca``.  OSError, ValueError: names the file."""
+    try:
+        return ssl.create_default_context(cafile=str(ca))
+    except ssl.SSLError as error:
+        raise ValueError(f"{ca}: no certificates in PEM form: {error.reason or error}") from error
+    except OSError as error:
+        raise type(error)(error.errno, error.strerror, str(ca)) from error
 
 
 async def _collect(stream: Stream) -> Answer:

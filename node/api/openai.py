@@ -168,9 +168,10 @@ async def chat_text(
 
 
 RESERVED = frozenset(
-    {"messages", "conversations", "tokenize", "tools", "add_generation_prompt", "continue_final_message", "chat_template", "conversation",
+    {"self", "messages", "conversations", "sanitize_control_tokens",
+     "tokenize", "tools", "add_generation_prompt", "continue_final_message", "chat_template", "conversation",
      "return_dict", "return_tensors", "tokenizer_kwargs", "padding", "truncation", "max_length", "documents",
-     "return_assistant_tokens_mask", "sanitize_control_tokens", "self"}
+     "return_assistant_tokens_mask"}
 )  # fmt: skip
 """Arguments of the template call that are not the template's variables."""
 

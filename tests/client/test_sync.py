@@ -78,7 +78,8 @@ def test_a_conversation(threaded: Served, capsys: pytest.CaptureFixture[str], mo
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [(["--temperature", "9"], 1, "temperature must be"), (["--model", "x"], 1, "does not exist"),
-     (["--api", "ftp://x"], 2, "not a URL"), (["--ca", "/nowhere.pem"], 2, "No such file")],
+     (["--api", "ftp://x"], 2, "not a URL"), (["--ca", "/nowhere.pem"], 2, "No such file or directory: '/nowhere.pem'"),
+     (["--ca", __file__], 2, "test_sync.py: no certificates")],
 )  # fmt: skip
 def test_one_clear_line(
     threaded: Served, capsys: pytest.CaptureFixture[str], arguments: list[str], code: int, said: str
