@@ -30,6 +30,9 @@ COMPLETION_TOKENS = 16
 """OpenAI's default of the completion form; a chat's is what fits."""
 MAX_PROMPTS = 2_048
 TEMPLATE_ARGUMENTS = 64
+HEAD_CHARS = 16
+"""Characters a token of the context that are encoded of a text longer than that, to see whether the rest need be.
+Four are common; a vocabulary's longest word, which ``Tokenizer.least`` goes by, has a hundred."""
 
 
 async def chat_completions(request: web.Request) -> web.StreamResponse:
@@ -79,7 +82,7 @@ async def chat_call(
     structure = await structure_of(body.response_format, body.tools, body.tool_choice, supported=supported)
     sampling = _sampling(api, request, body, model, tokenizer, logprobs=logprobs, grammar=structure.grammar)
     text = await chat_text(tokenizer, body.messages, body, list(structure.tools))
-    params.check_length(text, tokenizer, model, param="messages")
+    await _check_length(tokenizer, text, model, param="messages")
     ids = await encode_off_loop(tokenizer, text, special=False)
     wanted = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     param = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
@@ -111,7 +114,7 @@ async def completion_call(
     nothing = body.max_tokens == 0 and echo  # score the prompt only: draw one token and do not show it
     for prompt in prompts:
         if isinstance(prompt, str):
-            params.check_length(prompt, tokenizer, model, param="prompt")
+            await _check_length(tokenizer, prompt, model, param="prompt")
     long = sum(map(len, prompts)) > LONG_TEXT
     choices: list[Choice] = []
     total = 0
@@ -123,6 +126,15 @@ async def completion_call(
         requests = _choices(base, ids, limit, n, first=len(choices))
         choices += [Choice(each.choice, each, text, nothing) for each in requests]
     return Call(tuple(choices), total, tokenizer, structure)
+
+
+async def _check_length(tokenizer: Tokenizer, text: str, model: ModelInfo, *, param: str) -> None:
+    """RequestError for a text that cannot fit the context, at a cost that the context bounds, not the text."""
+    params.check_length(tokenizer.least(text), text, model, param=param)
+    head = text[: HEAD_CHARS * model.max_context]
+    if len(head) < len(text):
+        ids = await encode_off_loop(tokenizer, head, special=False)
+        params.check_length(len(ids) // 2, head, model, param=param)  # half: the cut may have split what merges
 
 
 async def _ids(tokenizer: Tokenizer, prompt: str | tuple[int, ...], long: bool) -> tuple[int, ...]:

@@ -10,7 +10,6 @@ import msgspec
 from mesh.errors import RequestError
 from mesh.types import ModelInfo, Priority, SamplingParams
 from node.api.schemas import GenerationBody, MeshOptions
-from node.text.tokenizer import Tokenizer
 
 MAX_CHOICES = 128
 MAX_STOPS = 16
@@ -141,12 +140,12 @@ def fit(prompt: int, wanted: int | None, default: int, model: ModelInfo, *, para
     return wanted if wanted is not None else min(room, default)
 
 
-def check_length(text: str, tokenizer: Tokenizer, model: ModelInfo, *, param: str) -> None:
-    """RequestError for a text so long that it cannot fit the context, before it is encoded."""
-    if tokenizer.least(text) > model.max_context:
+def check_length(least: int, text: str, model: ModelInfo, *, param: str) -> None:
+    """RequestError where ``text``, of at least so many tokens, cannot fit the context."""
+    if least > model.max_context:
         raise RequestError(
             f"this model's maximum context length is {model.max_context} tokens; {len(text)} characters are at least "
-            f"{tokenizer.least(text)}; shorten {param}",
+            f"{least}; shorten {param}",
             param=param,
             code="context_length_exceeded",
         )

@@ -131,6 +131,29 @@ async def test_what_cannot_fit_is_refused_before_it_is_encoded(http: Http, monke
     assert (await http.post("/tokenize", {"prompt": text}))[0] == 200, "what is longer than the context can be counted"
 
 
+async def test_a_long_text_is_refused_by_its_head(http: Http, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Vocabularies have words of a hundred spaces, so that the length alone says little."""
+    tokenizer, encoded = http.service._tokenizer, []
+    monkeypatch.setattr(tokenizer, "_longest", 1000)
+    encode = tokenizer.encode
+
+    def counted(text: str, *, special: bool = True) -> list[int]:
+        encoded.append(len(text))
+        return encode(text, special=special)
+
+    monkeypatch.setattr(tokenizer, "encode", counted)
+    text = "a b " * 20_000
+    for path, body in (
+        ("/v1/completions", {"prompt": text}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": text}]}),
+    ):
+        status, answer, _ = await http.post(path, body)
+        assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
+    assert encoded == [16 * 256] * 2
+    monkeypatch.setattr(tokenizer, "encode", lambda text, *, special=True: [9] * (len(text) // 400))
+    assert (await http.post("/v1/completions", {"prompt": text}))[0] == 200, "what may fit is looked at as a whole"
+
+
 @pytest.mark.parametrize(
     "body",
     [b"", b"{", b"[1]", b"null", b'"x"', b"\xff\xfe", b'{"a": NaN}', b"[" * 50_000, b'{"a":' * 5_000,
