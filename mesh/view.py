@@ -7,7 +7,7 @@ active placement).  Routing reads it, the coordinator plans from it, status show
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import msgspec
@@ -18,6 +18,9 @@ from mesh.types import LayerSpan, ModelId, ModelInfo, NodeId, NodeProfile
 
 NEAR_MS = 10.0
 """Round trips below this are one machine or one site; what differs there is how busy the nodes are."""
+
+ALIKE = 3.0
+"""Speeds within this factor of the median are taken as equal."""
 
 MemberState = Literal["alive", "suspect", "dead", "left"]
 
@@ -134,20 +137,33 @@ class MeshView(msgspec.Struct, frozen=True):
         return tuple(whole + part)
 
     def capacities(self) -> tuple[NodeCapacity, ...]:
-        """What placement needs of the members that are alive or only suspected."""
-        return tuple(capacity(member) for member in self.members if member.present)
+        """What placement needs of the members that are alive or only suspected.
+
+        A busy machine measures itself at half its speed, and another time not.  So that layers do not move on noise,
+        speeds near the median count as the median, and the others in powers of two (docs/decisions/0005).
+        """
+        present = [member for member in self.members if member.present]
+        flops = _leveller([member.profile.flops for member in present])
+        bandwidth = _leveller([member.profile.bandwidth for member in present])
+        return tuple(_capacity(member, flops, bandwidth) for member in present)
 
 
-def capacity(member: MemberView) -> NodeCapacity:
-    """A member as placement sees it.
-
-    A busy machine measures itself at half its speed, and another time not: what is measured is compared in powers of
-    two, so that layers do not move on noise (docs/decisions/0005).
-    """
+def _capacity(member: MemberView, flops: Callable[[float], float], bandwidth: Callable[[float], float]) -> NodeCapacity:
     p = member.profile
-    speeds = (power_of_two(p.flops), power_of_two(p.bandwidth))
     rtt_ms = power_of_two(p.rtt_ms) if p.rtt_ms >= NEAR_MS else 0.0
-    return NodeCapacity(member.id, p.weight_bytes, *speeds, rtt_ms, p.role, p.draining)
+    return NodeCapacity(member.id, p.weight_bytes, flops(p.flops), bandwidth(p.bandwidth), rtt_ms, p.role, p.draining)
+
+
+def _leveller(measured: list[float]) -> Callable[[float], float]:
+    """A speed as placement compares it with the others in ``measured``."""
+    known = sorted(speed for speed in measured if speed > 0)
+    median = known[len(known) // 2] if known else 0.0
+
+    def level(speed: float) -> float:
+        near = median / ALIKE <= speed <= median * ALIKE
+        return power_of_two(median if near else speed)
+
+    return level
 
 
 def power_of_two(measured: float) -> float:

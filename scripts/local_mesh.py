@@ -268,7 +268,7 @@ def stream(api: str, path: str, body: dict[str, Any], timeout: float = 120.0) ->
                 yield chunk
 
 
-def split_weights(model: Path, share: float = 0.6) -> int:
+def split_weights(model: Path, share: float = 0.75) -> int:
     """Bytes of weight memory at which no node can hold all of ``model`` (as float32), so that it must be split."""
     config = json.loads((model / "config.json").read_text())
     half = config.get("dtype", config.get("torch_dtype")) in ("bfloat16", "float16")

@@ -76,6 +76,14 @@ def test_capacities_for_the_coordinator() -> None:
     assert mesh.capacities() == (NodeCapacity("a", 5, 1.0, 2.0, 0.0, "any", True), NodeCapacity("c", 0))
 
 
+def test_machines_that_measure_nearly_alike_are_alike() -> None:
+    """Half or twice the median is how busy they were; a tenth of it is another machine."""
+    speeds = {"a": 9e9, "b": 20e9, "c": 10e9, "d": 4e9, "e": 1e9}
+    members = tuple(MemberView(x, "alive", NodeProfile(flops=y, bandwidth=y)) for x, y in speeds.items())
+    found = {capacity.id: capacity.bandwidth for capacity in MeshView("a", members).capacities()}
+    assert found == dict.fromkeys("abcd", 2.0**33) | {"e": 2.0**30}
+
+
 @pytest.mark.parametrize(
     ("measured", "compared"), [(0.0, 0.0), (1.0, 1.0), (1.4, 1.0), (1.5, 2.0), (90e9, 2.0**36), (0.3, 0.25)]
 )
