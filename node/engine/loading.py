@@ -12,7 +12,7 @@ from mesh.errors import ConfigError
 from node.engine import attention, exact, kernels
 from node.engine.selfcheck import Mode, check
 from node.engine.shard import Shard
-from node.engine.span import Part, load_part, read_config
+from node.engine.span import ONE_AT_A_TIME, Part, load_part, read_config
 
 
 class Prepared(msgspec.Struct, frozen=True):
@@ -29,6 +29,11 @@ class Prepared(msgspec.Struct, frozen=True):
 
 def prepare(folder: Path, part: Part, dtype: str, exactness: str, threads: int) -> Prepared:
     """Load ``part`` from ``folder``.  Raises ``ConfigError`` naming the model's kind and why it cannot serve."""
+    with ONE_AT_A_TIME:
+        return _prepare(folder, part, dtype, exactness, threads)
+
+
+def _prepare(folder: Path, part: Part, dtype: str, exactness: str, threads: int) -> Prepared:
     torch.set_num_threads(threads)
     attention.register()
     kernels.register()

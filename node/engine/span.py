@@ -8,6 +8,7 @@ was pruned is never read from disk: files may be sparse, with only the part's te
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,10 @@ import torch
 from torch import nn
 
 from mesh.errors import ConfigError
+
+ONE_AT_A_TIME = threading.RLock()
+"""transformers builds and loads models through process-wide settings (default dtype and device, patched initialisers,
+tied names): a model that is checked before it is offered and a span that is loaded meanwhile spoil each other."""
 
 
 class Part(msgspec.Struct, frozen=True):
@@ -189,8 +194,8 @@ def needed_tensors(folder: Path, names: Iterable[str], start: int, end: int) -> 
 
     By transformers' own renaming rules.  Raises ``ConfigError`` for a model that cannot be cut into spans.
     """
-    config = read_config(folder)
-    known, rename = _known_names(config, start, end)
+    with ONE_AT_A_TIME:
+        known, rename = _known_names(read_config(folder), start, end)
     return [name for name in names if rename(name) in known]
 
 
