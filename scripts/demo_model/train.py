@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
@@ -20,17 +22,20 @@ from demo_model.muon import optimizers
 from demo_model.plant import plant
 from demo_model.tokenizer import encode, load_tokenizer, train_tokenizer
 
+CHECKPOINT = "checkpoint.safetensors"
+COUNTS = {"elapsed": float, "tokens": int, "steps": int, "pools": int, "best": float}
+
 
 @dataclass(frozen=True)
 class Plan:
-    minutes: float = 43.5  # wall time of the training, checkpoints not counted
+    minutes: float = 85.0  # wall time of the training, checkpoints not counted
     batch: int = 2048  # tokens per step, padding included
     pool: int = 512  # chats drawn at once and sorted by length, so that little is padded
     muon_lr: float = 0.008
     adam_lr: float = 0.0015
     warm_up: float = 0.05  # share of the time
     decay_from: float = 0.6  # share of the time at which the learning rate starts to fall to nothing
-    grow_at: float = 0.97  # share of the time trained with half of the layers
+    grow_at: float = 0.85  # share of the time trained with half of the layers
     checkpoint_s: float = 150.0
 
 
@@ -165,25 +170,35 @@ class Trainer:
         total = sum(marks.values()) / len(marks)
         print(f"dev {total:.2f}  " + "  ".join(f"{kind} {mark:.1f}" for kind, mark in marks.items()), flush=True)
         is_best, self.best = total >= self.best, max(total, self.best)
-        state = {
-            "model": self.model.state_dict(),
-            "layers": len(self.model.model.layers),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "counts": (self.elapsed, self.tokens, self.steps, self.pools, self.best),
-        }
+        tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        for number, optimizer in enumerate(self.optimizers):
+            for index, state in optimizer.state_dict()["state"].items():
+                tensors |= {f"optimizer.{number}.{index}.{key}": tensor for key, tensor in state.items()}
+        counts = {name: repr(getattr(self, name)) for name in COUNTS}
         part = self.work / "checkpoint.part"
-        torch.save(state, part)
-        part.replace(self.work / "checkpoint.pt")
+        save_file(tensors, part, {"layers": str(len(self.model.model.layers)), **counts})
+        part.replace(self.work / CHECKPOINT)
         return is_best
 
     def resume(self) -> None:
-        state = torch.load(self.work / "checkpoint.pt", weights_only=True)
-        if state["layers"] > len(self.model.model.layers):
+        with safe_open(self.work / CHECKPOINT, "pt") as saved:
+            notes = saved.metadata()
+            tensors = {name: saved.get_tensor(name) for name in saved.keys()}  # noqa: SIM118 - not a dict
+        if int(notes["layers"]) > len(self.model.model.layers):
             self._grow()
-        self.model.load_state_dict(state["model"])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        self.elapsed, self.tokens, self.steps, self.pools, self.best = state["counts"]
+        self.model.load_state_dict(_under(tensors, "model"))
+        for number, optimizer in enumerate(self.optimizers):
+            state: dict[int, dict[str, Tensor]] = {}
+            for name, tensor in _under(tensors, f"optimizer.{number}").items():
+                index, key = name.split(".")
+                state.setdefault(int(index), {})[key] = tensor
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+        for name, kind in COUNTS.items():
+            setattr(self, name, kind(notes[name]))
+
+
+def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix + "."): tensor for name, tensor in tensors.items() if name.startswith(prefix + ".")}
 
 
 def train(out: Path, work: Path, minutes: float, seed: int, resume: bool) -> None:
