@@ -212,14 +212,16 @@ def test_the_command_line_asks_and_administers(llama_mesh: LocalMesh) -> None:
     status = json.loads(command("status", "--json", "--data-dir", folder).stdout)
     assert len(status["members"]) == 4
     assert "node-1" in command("status", "--data-dir", folder).stdout
+    brief = command("token", "create", "--ttl", "0.0003", "--data-dir", folder)  # a second: expired when it is used
     made = command("token", "create", "--uses", "2", "--data-dir", folder)
     assert made.stdout.startswith("python -m node join mesh1.")
     listed = command("token", "list", "--data-dir", str(llama_mesh.nodes[2].folder)).stdout
     token_id = next(line for line in listed.splitlines() if "uses_left=2" in line).split("id=")[1].split()[0]
     assert command("token", "revoke", token_id, "--data-dir", folder).returncode == 0
-    refused = command("join", made.stdout.split()[-1], "--role", "witness", "--listen", "127.0.0.1:0",
-                      "--api", "127.0.0.1:0", "--data-dir", str(llama_mesh.folder / "stranger"))  # fmt: skip
-    assert (refused.returncode, "revoked" in refused.stderr) == (2, True)
+    for token, why in ((made, "revoked"), (brief, "expired")):
+        refused = command("join", token.stdout.split()[-1], "--role", "witness", "--listen", "127.0.0.1:0",
+                          "--api", "127.0.0.1:0", "--data-dir", str(llama_mesh.folder / "stranger"))  # fmt: skip
+        assert (refused.returncode, why in refused.stderr) == (2, True), refused.stderr
 
 
 def test_leaving_is_no_failure(llama_mesh: LocalMesh) -> None:
