@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import msgspec
+import pytest
 
 from mesh.core import Effect, Emit, Persist, Send
+from tests.sim.network import Network
 from tests.sim.world import Fault, NetParams, World
 
 ROOT = Path(__file__).parents[2]
@@ -159,3 +163,83 @@ def test_faults_print_and_replay() -> None:
     faults = [Fault(1.0, "cut", ("a",), ("b",)), Fault(2.0, "heal")]
     assert msgspec.json.decode(msgspec.json.encode(faults), type=list[Fault]) == faults
     assert "kind='cut'" in repr(faults[0])
+
+
+def test_a_flapping_link_is_there_half_of_the_time() -> None:
+    world = beacons(1)
+    world.apply(Fault(0, "flap", ("a",), ("b",), value=3.0))
+    world.run(12.5)
+    assert heard(world, "b", "a") == [3, 4, 5, 9, 10, 11]  # cut from 0 to 3 and from 6 to 9
+    assert heard(world, "a", "b") == list(range(1, 13))
+
+
+def test_a_heal_can_be_for_the_faults_of_some_nodes_alone() -> None:
+    world = beacons(1)
+    world.apply(Fault(0, "cut", ("a",), ("c",)))
+    world.apply(Fault(0, "partition", ("b",), ("c",)))
+    world.apply(Fault(0, "heal", ("b",)))
+    world.run(1.5)
+    assert (heard(world, "c", "a"), heard(world, "c", "b"), heard(world, "b", "c")) == ([], [1], [1])
+
+
+@pytest.mark.parametrize("delay", ["exponential", "uniform", "pareto"])
+def test_delays_have_their_mean(delay: Any) -> None:
+    network = Network(NetParams(base_s=1.0, jitter_s=0.5, delay=delay), random.Random(1))
+    drawn = sorted(network.delay("a", "b") for _ in range(20_000))
+    assert drawn[0] >= 1.0
+    assert 1.4 < sum(drawn) / len(drawn) < 1.6
+    assert (drawn[-20] > 10.0) == (delay == "pareto")
+
+
+def test_a_slow_uplink_delays_and_then_drops() -> None:
+    world = beacons(1, NetParams(jitter_s=0.0, queue_s=3.0))
+    world.apply(Fault(0, "uplink", ("a",), value=100.0))  # two messages of 200 bytes a second take four seconds
+    world.run(40.0)
+    assert 18 <= len(heard(world, "b", "a")) + len(heard(world, "c", "a")) <= 20
+    assert len(heard(world, "b", "c")) >= 39
+    last = max(at for who, _, at in world.nodes["b"].emitted if who == "a")
+    world.apply(Fault(0, "uplink", ("a",), value=0.0))
+    world.run(last + 20.0)
+    assert heard(world, "b", "a")[-1] >= 45
+
+
+def test_a_busy_node_reads_one_message_at_a_time() -> None:
+    world = beacons(1, NetParams(jitter_s=0.0))
+    clock = world.nodes["b"].clock(0.0)
+    world.apply(Fault(0, "busy", ("b",), value=0.3))
+    world.run(2.9)
+    read = [round(at - clock, 2) for _, _, at in world.nodes["b"].emitted]
+    assert read == [1.3, 1.6, 2.3, 2.6]  # its own tick is a step too
+
+
+def test_a_slow_disk_holds_back_what_comes_after_the_record() -> None:
+    world = beacons(1, NetParams(jitter_s=0.0))
+    world.apply(Fault(0, "fsync", ("a",), value=0.25))
+    seen: list[float] = []
+    world.after_step.append(lambda world, node: seen.append(world.now) if node == "a" and world.heard is None else None)
+    world.run(1.1)
+    assert (world.nodes["a"].disk, heard(world, "b", "a"), seen) == ([], [], [])
+    world.run(1.3)
+    assert (world.nodes["a"].disk, heard(world, "b", "a"), seen) == ([1], [1], [1.25])
+    assert heard(world, "a", "b") == [1]  # which had to wait
+
+
+def test_a_crash_while_the_disk_writes_loses_the_record_or_not_but_tells_nobody() -> None:
+    kept = []
+    for seed in range(20):
+        world = beacons(seed)
+        world.apply(Fault(0, "fsync", ("a",), value=0.25))
+        world.schedule([Fault(1.1, "crash", ("a",)), Fault(2.0, "restart", ("a",))])
+        world.run(3.5)
+        assert 1 not in heard(world, "b", "a") or world.nodes["a"].disk[0] == 1
+        kept.append(world.core("a").count)
+    assert set(kept) == {1, 2}
+
+
+def test_a_disk_that_lies_loses_its_tail_in_a_crash() -> None:
+    world = beacons(1)
+    world.apply(Fault(0, "lies", ("a",), value=2))
+    world.schedule([Fault(4.5, "crash", ("a",)), Fault(6.0, "restart", ("a",)), Fault(7.5, "crash", ("a",))])
+    world.run(8.0)
+    assert heard(world, "b", "a") == [1, 2, 3, 4, 3]
+    assert world.nodes["a"].disk == [1, 2, 3]

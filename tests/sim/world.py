@@ -18,55 +18,27 @@ from __future__ import annotations
 import hashlib
 import heapq
 import itertools
+import math
 import random
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 
 from mesh.core import Effect, Emit, Persist, Send
+from tests.sim.faults import Fault, NetParams
+from tests.sim.network import PLAIN_BYTES, Network
 
-FaultKind = Literal[
-    "crash",  # kill -9: peers see their connections reset;  other=("silent",): power cut, they see nothing
-    "crash_mid",  # the same, in the middle of the effects of the node's next step
-    "restart",  # with its disk
-    "wipe",  # restart without its disk
-    "pause",  # SIGSTOP: messages wait in the inbox, no ticks
-    "resume",
-    "partition",  # no messages between `nodes` and `other` (empty: everyone else)
-    "cut",  # one way: from `nodes` to `other` (empty: everyone else)
-    "heal",  # all partitions, cuts and losses end
-    "loss",  # probability `value` on all messages to and from `nodes` (empty: on every message)
-    "slow",  # `value` seconds more on every message to and from `nodes`
-    "drift",  # the clocks of `nodes` run at `value` x real time from now on
-]
+__all__ = ["Fault", "NetParams", "Node", "World"]
 
 
-class Fault(msgspec.Struct, frozen=True):
-    """One act of the weather.  A schedule is a list of them: it prints, and replays."""
+class Rest(msgspec.Struct, frozen=True):
+    """The effects of a step from the record on that is on its way to the disk."""
 
-    at: float
-    kind: FaultKind
-    nodes: tuple[str, ...] = ()
-    other: tuple[str, ...] = ()
-    value: float = 0.0
-
-
-class NetParams(msgspec.Struct, frozen=True):
-    """The network's habits.  One-way delay = base_s + Exp(jitter_s), in s; the rest are probabilities."""
-
-    base_s: float = 0.0002
-    jitter_s: float = 0.0003
-    loss: float = 0.0
-    duplicate: float = 0.0
-    reorder: float = 0.0
-    reorder_s: float = 0.05
-    """A reordered message is up to this much later than the others."""
-    retransmit_s: float = 0.2
-    """What one lost segment costs a reliable message."""
-    inbox: int = 1024
-    """Messages that wait for a paused node (a socket buffer); more are dropped."""
+    effects: list[Any]
+    at: int
+    heard: Any
 
 
 class Node:
@@ -85,6 +57,14 @@ class Node:
         self.paused = False
         self.crash_after: int | None = None
         """``crash_mid``: how many more effects are performed."""
+        self.step_s = self.fsync_s = 0.0
+        self.lies = 0
+        self.busy_until = 0.0
+        """Global time until which nothing is read and no timer fires."""
+        self.rest: Rest | None = None
+        """What waits until the disk has written."""
+        self.born_with = 0
+        """Records on the disk when this life began; lies reach no further back."""
         self.timer = float("inf")
         """Global time of the earliest timer in the heap."""
         self.life = 0
@@ -118,10 +98,7 @@ class World:
         self.now = 0.0
         self.nodes: dict[str, Node] = {}
         self.after_step: list[Callable[[World, str], None]] = []
-        self.loss = self.net.loss
-        self.losses: dict[str, float] = {}
-        self.slowness: dict[str, float] = {}
-        self.cuts: list[tuple[frozenset[str], frozenset[str]]] = []
+        self.network = Network(self.net, self.rng)
         self.trace: deque[tuple[float, str, str, str, Any]] = deque(maxlen=5000)
         self.sent: dict[str, list[int]] = {}
         """Node -> [messages, bytes] sent (bytes only with a codec)."""
@@ -133,7 +110,7 @@ class World:
         self._heap: list[tuple[float, int, str, Any, Any, Any]] = []
         self._number = itertools.count()
         self._digest = hashlib.blake2b(digest_size=16)
-        self._fifo: dict[tuple[str, str], float] = {}
+        self._undigested: list[tuple[float, str, str, str, str]] = []
 
     def rng_for(self, name: str) -> random.Random:
         """A generator of its own for ``name``, drawn from the seed."""
@@ -170,9 +147,10 @@ class World:
         return self.nodes[node_id].core
 
     def do(self, node_id: str, verb: Callable[[Any, float], list[Effect]]) -> None:
-        """Call a verb of a live core now: ``world.do("a", lambda core, now: core.leave(now))``."""
+        """Call a verb of a live core now: ``world.do("a", lambda core, now: core.leave(now))``; nothing happens while
+        the node is down, paused or busy."""
         node = self.nodes[node_id]
-        if node.up and not node.paused:
+        if node.up and not node.paused and self.now >= node.busy_until:
             self._note("do", node_id, "", "")
             self._perform(node, verb(node.core, node.clock(self.now)))
 
@@ -198,23 +176,10 @@ class World:
     def apply(self, fault: Fault) -> None:
         """Let ``fault`` happen now."""
         self._note("fault", fault.kind, ",".join(fault.nodes), fault)
-        if fault.kind in ("partition", "cut", "heal", "loss"):
-            return self._apply_to_network(fault)
+        if fault.kind in ("partition", "cut", "flap", "heal", "loss", "slow", "uplink"):
+            return self.network.apply(fault, frozenset(self.nodes), self.now)
         for name in fault.nodes:
             self._apply_to_node(fault, self.nodes[name])
-
-    def _apply_to_network(self, fault: Fault) -> None:
-        here = frozenset(fault.nodes)
-        there = frozenset(fault.other) or frozenset(self.nodes) - here
-        if fault.kind == "heal":
-            self.cuts, self.losses, self.loss = [], {}, self.net.loss
-        elif fault.kind == "loss":
-            self.loss = self.loss if fault.nodes else fault.value
-            self.losses.update(dict.fromkeys(fault.nodes, fault.value))
-        else:
-            self.cuts.append((here, there))
-            if fault.kind == "partition":
-                self.cuts.append((there, here))
 
     def _apply_to_node(self, fault: Fault, node: Node) -> None:
         kind = fault.kind
@@ -230,15 +195,20 @@ class World:
             node.paused = True
         elif kind == "resume":
             self._resume(node)
-        elif kind == "slow":
-            self.slowness[node.id] = fault.value
+        elif kind == "busy":
+            node.step_s = fault.value
+        elif kind == "fsync":
+            node.fsync_s = fault.value
+        elif kind == "lies":
+            node.lies = int(fault.value)
         elif kind == "drift":
             node.base, node.since, node.rate = node.clock(self.now), self.now, fault.value
             self._set_timer(node, void=True)
 
     def _boot(self, node: Node) -> None:
         node.life += 1
-        node.paused, node.crash_after, node.timer = False, None, float("inf")
+        node.paused, node.crash_after, node.timer, node.busy_until = False, None, math.inf, 0.0
+        node.born_with = len(node.disk)
         node.core = node.make(node.disk, node.clock(self.now))
         self._perform(node, node.start(node.core, node.clock(self.now)) if node.start else [])
 
@@ -247,61 +217,65 @@ class World:
             return
         node.core, node.paused, node.crash_after = None, False, None
         node.inbox.clear()
+        if node.rest is not None and self.rng.random() < 0.5:
+            self._durable(
+                node, node.rest.effects[node.rest.at].record
+            )  # the power went after the last byte was written
+        node.rest = None
+        if node.lies:
+            del node.disk[max(node.born_with, len(node.disk) - node.lies) :]
+            node.lies = 0
         for peer in [] if silent else list(self.nodes.values()):
             if peer.up and peer.on_reset and not self.blocked(node.id, peer.id):
-                self._push(self.now + self._delay(node.id, peer.id), "reset", peer.id, node.id, None)
+                self._push(self.now + self.network.delay(node.id, peer.id), "reset", peer.id, node.id, None)
 
     def _resume(self, node: Node) -> None:
-        """The inbox is drained before the clock is looked at, as the driver does."""
         node.paused = False
-        while node.inbox and node.up and not node.paused:
-            message, sender = node.inbox.popleft()
-            self._perform(node, node.core.receive(message, sender, node.clock(self.now)), message)
-        self._set_timer(node, void=True)
+        self._go_on(node)
 
-    # -- the network
+    def _go_on(self, node: Node) -> None:
+        """What a node does that was paused or busy.  The inbox is drained before the clock is looked at, as the driver
+        does."""
+        while node.up and not node.paused and self.now >= node.busy_until:
+            if node.rest is not None:
+                rest, node.rest = node.rest, None
+                self._durable(node, rest.effects[rest.at].record)
+                self._perform_from(node, rest.at + 1, rest.effects, rest.heard)
+            elif node.inbox:
+                message, sender = node.inbox.popleft()
+                self._perform(node, node.core.receive(message, sender, node.clock(self.now)), message)
+            else:
+                return self._set_timer(node, void=True)
+
+    def _keep_busy(self, node: Node, seconds: float) -> None:
+        node.busy_until = max(node.busy_until, self.now + seconds)
+        self._push(node.busy_until, "free", node.id, node.life, None)
+
+    def _durable(self, node: Node, record: Any) -> None:
+        node.disk.append(record)
+        node.on_persist(record, self.now)
+
+    # -- messages
 
     def blocked(self, source: str, to: str) -> bool:
-        return bool(self.cuts) and any(source in here and to in there for here, there in self.cuts)
-
-    def _delay(self, source: str, to: str) -> float:
-        delay = self.net.base_s + self.rng.expovariate(1.0) * self.net.jitter_s
-        return delay + self.slowness.get(source, 0.0) + self.slowness.get(to, 0.0)
-
-    def _lost(self, source: str, to: str) -> bool:
-        chance = max(self.loss, self.losses.get(source, 0.0), self.losses.get(to, 0.0))
-        return chance > 0.0 and self.rng.random() < chance
+        return self.network.blocked(source, to, self.now)
 
     def _send(self, source: str, to: str, message: Any) -> None:
         count = self.sent[source]
         count[0] += 1
+        size = PLAIN_BYTES
         if self.codec is not None:
             data = self.codec.encode(message)
-            count[1] += len(data)
+            size = len(data)
+            count[1] += size
             message = self.codec.decode(data)
-        if to not in self.nodes or self.blocked(source, to):
+        if to not in self.nodes:
             return self._note("blocked", source, to, message)
-        if self.reliable(message):
-            return self._send_reliably(source, to, message)
-        if self._lost(source, to):
-            return self._note("lost", source, to, message)
-        copies = 2 if self.net.duplicate and self.rng.random() < self.net.duplicate else 1
-        for _ in range(copies):
-            late = self.net.reorder and self.rng.random() < self.net.reorder
-            delay = self._delay(source, to) + (self.rng.uniform(0.0, self.net.reorder_s) if late else 0.0)
-            self._push(self.now + delay, "deliver", to, source, message)
-
-    def _send_reliably(self, source: str, to: str, message: Any) -> None:
-        delay = self._delay(source, to)
-        for _ in range(8):
-            if not self._lost(source, to):
-                break
-            delay += self.net.retransmit_s
-        else:
-            return self._note("lost", source, to, message)
-        when = max(self.now + delay, self._fifo.get((source, to), 0.0))
-        self._fifo[source, to] = when
-        self._push(when, "deliver", to, source, message)
+        fate, arrivals = self.network.carry(source, to, size, self.reliable(message), self.now)
+        if fate != "sent":
+            self._note(fate, source, to, message)
+        for when in arrivals:
+            self._push(when, "deliver", to, source, message)
 
     # -- one step
 
@@ -316,6 +290,8 @@ class World:
             self._fire(self.nodes[a], b)
         elif kind == "fault":
             self.apply(a)
+        elif kind == "free":
+            self._go_on(self.nodes[a]) if self.nodes[a].life == b else None
         elif kind == "reset":
             self.do(a, lambda core, now: self.nodes[a].on_reset(core, b, now))
         else:
@@ -324,7 +300,7 @@ class World:
     def _deliver(self, node: Node, sender: str, message: Any) -> None:
         if not node.up or self.blocked(sender, node.id):
             return self._note("undelivered", sender, node.id, message)
-        if node.paused:
+        if node.paused or self.now < node.busy_until:
             if len(node.inbox) < self.net.inbox:
                 node.inbox.append((message, sender))
             return
@@ -335,8 +311,8 @@ class World:
         if life != node.life or self.now < node.timer:
             return  # of an earlier life, or replaced by an earlier timer
         node.timer = float("inf")
-        if not node.up or node.paused:
-            return
+        if not node.up or node.paused or self.now < node.busy_until:
+            return  # whoever goes on sets a timer
         deadline, clock = node.core.deadline, node.clock(self.now)
         if deadline is not None and deadline <= clock + 1e-9:
             self._note("tick", node.id, "", "")
@@ -359,26 +335,35 @@ class World:
     def _perform(self, node: Node, effects: list[Effect], heard: Any = None) -> None:
         """The effects of one step, in order; then the checkers."""
         self.steps += 1
-        self.heard, self.effects = heard, effects
-        for effect in effects:
+        if node.step_s:
+            self._keep_busy(node, node.step_s)
+        self._perform_from(node, 0, effects, heard)
+
+    def _perform_from(self, node: Node, start: int, effects: list[Effect], heard: Any) -> None:
+        for at in range(start, len(effects)):
+            effect = effects[at]
             if node.crash_after is not None:
                 if node.crash_after == 0:
                     self._note("crash_mid", node.id, "", effect)
                     return self._crash(node)
                 node.crash_after -= 1
-            if isinstance(effect, Send):
+            kind = type(effect)
+            if kind is Send:
                 self._send(node.id, effect.to, effect.message)
-            elif isinstance(effect, Persist):
-                node.disk.append(effect.record)
-                node.on_persist(effect.record, self.now)
+            elif kind is Persist and node.fsync_s:
+                node.rest = Rest(effects, at, heard)
+                return self._keep_busy(node, node.fsync_s)
+            elif kind is Persist:
+                self._durable(node, effect.record)
             else:
-                assert isinstance(effect, Emit), effect
+                assert kind is Emit, effect
                 self._note("emit", node.id, "", effect.event)
                 node.emitted.append(effect.event)
                 node.on_emit(effect.event, self.now)
-            if not node.up:
+            if node.core is None:
                 return  # a hook crashed it
         self._set_timer(node)
+        self.heard, self.effects = heard, effects
         for check in self.after_step:
             check(self, node.id)
 
@@ -386,7 +371,10 @@ class World:
 
     def _note(self, kind: str, a: str, b: str, what: Any) -> None:
         self.trace.append((self.now, kind, a, b, what))
-        self._digest.update(f"{self.now:.9f} {kind} {a} {b} {type(what).__name__}\n".encode())
+        self._undigested.append((self.now, kind, a, b, type(what).__name__))
+        if len(self._undigested) >= 1000:
+            self._digest.update(msgspec.msgpack.encode(self._undigested))
+            self._undigested.clear()
 
     def lines(self, last: int = 200) -> list[str]:
         """The last events, one line each."""
@@ -394,4 +382,6 @@ class World:
 
     def digest(self) -> str:
         """Of the whole trace: equal runs have equal digests, whatever PYTHONHASHSEED is."""
-        return self._digest.hexdigest()
+        digest = self._digest.copy()
+        digest.update(msgspec.msgpack.encode(self._undigested))
+        return digest.hexdigest()
