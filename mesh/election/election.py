@@ -8,7 +8,8 @@
        │                                                                                              ▼
        └──── newer term seen; no majority answers (R7); taken over by a newer epoch ◄────────────── leader
 
-A *learner* is a follower that is no voter by its own record: it never campaigns, but answers when asked for a vote.
+A *learner* is a follower that is no voter by its own record: it never campaigns, but answers when asked for a vote; a
+leader of which it hears nothing more it forgets.
 One idea dissolves log matching, snapshots and joint consensus: the log has length one.  A leader owns the whole record;
 a vote is refused to candidates with an older one; a majority that holds exactly the leader's makes it committed.  This
 is the logless reconfiguration of MongoDB (Schultz, Zhou, Dardik, Tripakis, OPODIS 2021), carrying its data along.
@@ -485,12 +486,13 @@ class Election(State):
             self._send(node, self._notice())
 
     def _hear_of_leader(self, leader: NodeId | None, term: int, now: float) -> None:
-        """A learner believes what it is told; a voter only notes the term and waits for the leader itself."""
+        """A learner believes what it is told, for a while; a voter only notes the term and waits for the leader."""
         if leader is None or leader == self.me or term < self.term:
             return
         self._see_term(term, now)
         if not self.is_voter:
             self._set_leader(leader)
+            self._arm(now)
 
     # ------------------------------------------------------------------ leaving
 
@@ -563,8 +565,8 @@ class Election(State):
             self._emit(LeaderLost(lost))
 
     def _arm_if_idle(self, now: float) -> None:
-        """After a change of the record: voters have a deadline, learners none."""
-        if self._role == "follower" and self.is_voter != (self._deadline is not None):
+        """After a change of the record: a voter has a deadline, and a learner not a voter's."""
+        if self._role == "follower" and (self._deadline is None or not self.is_voter):
             self._arm(now)
 
     def _request(self, to: NodeId, message: m.Relayable, now: float) -> None:

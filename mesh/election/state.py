@@ -5,6 +5,7 @@ Nothing here changes a role, a term or a record: that is done in ``election.py``
 
 from __future__ import annotations
 
+import math
 import random
 from typing import Literal
 
@@ -179,12 +180,18 @@ class State:
     def _arm(self, now: float) -> None:
         """The time-out of a follower; nobody else can lead a mesh with one voter, so that one does not wait."""
         if not self.is_voter:
-            self._deadline = None
+            self._deadline = None if self._leader is None else now + self._learner_patience()
         elif self.record.voters == (self.me,):
             self._deadline = now
         else:
             wait = self._rng.uniform(self._config.election_min_s, self._config.election_max_s)
             self._deadline = now + wait * (self._local_health + 1)
+
+    def _learner_patience(self) -> float:
+        """For how long a learner believes in a leader that does not remind it (``Spread.reminded``): it may be on the
+        minority's side together with a leader that stepped down, and must not take that for a mesh that is whole."""
+        turns = math.ceil((len(self._learners()) + 1) / self._config.beat)
+        return self._config.election_max_s + 4 * turns * self._config.heartbeat_s
 
     # ------------------------------------------------------------------ messages
 

@@ -60,7 +60,7 @@ CAUGHT: dict[str, int] = {
     "change before a record of the own term is committed": 5005,
     "no restamp at election": 638,
     "term and vote not persisted": 154,
-    "vote not persisted": 7980,
+    "vote not persisted": 11006,
     "duplicate votes counted": 447,
     "votes for older records": 157,
     "commit without a majority": 13,

@@ -236,7 +236,10 @@ def test_remove_node() -> None:
     mesh.do("a", lambda it, now: it.propose(now, voters=["a", "b"]))
     mesh.run(1.0)
     assert not mesh.cores["c"].is_voter
-    assert mesh.cores["c"].deadline is None
+    mesh.drop = lambda sender, to, message: to == "c"
+    mesh.run(30.0)
+    assert (mesh.cores["c"].role, mesh.cores["c"].leader, mesh.cores["c"].deadline) == ("follower", None, None)
+    mesh.drop = lambda sender, to, message: False
     with pytest.raises(Refused):
         mesh.cores["a"].propose(mesh.now, voters=["b"])
 
