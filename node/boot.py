@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import secrets
 import time
@@ -25,7 +26,7 @@ from node.telemetry import get_logger
 
 PEERS_FILE = "peers"
 RETURN_S = 5.0
-"""A returning node with an old certificate asks its last peers for a new one for so long."""
+"""A returning node with an old certificate, or with a token, asks for a new certificate for so long."""
 
 
 class Boot(msgspec.Struct, frozen=True):
@@ -39,14 +40,18 @@ class Boot(msgspec.Struct, frozen=True):
     founded: bool = False
 
 
-async def boot(folder: DataFolder, token_text: str, hosts: tuple[str, ...]) -> Boot:
-    """Found, join or return.  Raises ``ConfigError`` in one line that says what is wrong and what to do."""
+async def boot(folder: DataFolder, token_text: str, hosts: tuple[str, ...], address: str = "") -> Boot:
+    """Found, join or return.  ``address``: this node's own, which the token may name as well.
+
+    Raises ``ConfigError`` in one line that says what is wrong and what to do.
+    """
     identity, membership = folder.identity(), folder.membership()
     token = JoinToken.decode(token_text) if token_text else None
     if membership is not None:
         if token is not None:
             refuse_other_mesh(folder, membership, token.mesh_id)
-        return await _return(folder, identity, membership, hosts, token)
+        seeds = tuple(seed for seed in token.seeds if seed != address) if token else ()
+        return await _return(folder, identity, membership, hosts, seeds)
     if token is None:
         return _found(folder, identity, hosts)
     joined = await join(identity, token, hosts)
@@ -87,25 +92,28 @@ def _joined(folder: DataFolder, identity: Identity, joined: Joined) -> Boot:
 
 
 async def _return(
-    folder: DataFolder, identity: Identity, membership: Membership, hosts: tuple[str, ...], token: JoinToken | None
+    folder: DataFolder, identity: Identity, membership: Membership, hosts: tuple[str, ...], seeds: tuple[str, ...]
 ) -> Boot:
-    """The same node as before: its certificate is renewed when it is old, its vote and its record are on disk."""
+    """The same node as before: its vote and its record are on disk.  Members are asked for a new certificate when the
+    old one is, and with a token's seeds in any case: they tell who is where, should all have moved meanwhile."""
     raw = folder.election_journal().load()
     if raw is None:
         raise ConfigError(f"data folder {folder.path} has lost its election state: start with a new --data-dir")
     durable = durables.decode(raw)
     peers = _last_peers(folder)
-    if time.time() >= membership.renew_at:
-        addresses = tuple(dict.fromkeys((*(token.seeds if token else ()), *(address for _, address in peers))))
+    if seeds or time.time() >= membership.renew_at:
+        addresses = tuple(dict.fromkeys((*seeds, *(address for _, address in peers))))
         try:
-            joined = await rejoin(identity, membership, hosts, addresses, RETURN_S)
-        except MeshError as error:
+            async with asyncio.timeout(2 * RETURN_S):
+                joined = await rejoin(identity, membership, hosts, addresses, RETURN_S)
+        except (MeshError, TimeoutError) as error:
             if time.time() >= membership.expires:
                 raise ConfigError(f"the certificate has expired and no member renewed it: {error}") from error
-            get_logger("boot").warning("certificate not renewed yet", why=str(error))
+            get_logger("boot").warning("no member renewed the certificate yet", why=str(error))
         else:
             membership = joined.membership
             folder.save_membership(membership)
+            peers = tuple({**dict(peers), **{member.id: member.address for member in joined.reply.members}}.items())
     return Boot(identity, membership, durable, peers)
 
 

@@ -17,6 +17,11 @@ from mesh.errors import ConfigError
 from node import config as settings
 from node.ask import Asker, NodeRefused
 
+TAKEN_OVER_HERE = (
+    "this node coordinates, alone until others may vote; nodes of the old epoch follow it when they meet it, and what "
+    "they decided without it is dropped"
+)
+
 
 def main(argv: Sequence[str]) -> int:
     """Parse, run, and turn every expected failure into one line."""
@@ -120,7 +125,9 @@ def act_leave(arguments: argparse.Namespace) -> int:
 
 
 def act_takeover(arguments: argparse.Namespace) -> int:
-    return _show(Asker.of(arguments).admin("POST", "takeover", {}))
+    _show(Asker.of(arguments).admin("POST", "takeover", {}))
+    print(TAKEN_OVER_HERE)
+    return 0
 
 
 def act_revoke(arguments: argparse.Namespace) -> int:

@@ -30,12 +30,14 @@ from gossip import events as gossip_events
 from mesh.core import Rejected
 from mesh.election import config as election_config
 from mesh.election import events as election_events
+from mesh.election.record import epoch_counter
 from mesh.election.voters import MemberInfo
 from mesh.errors import ConfigError, MeshError
 from mesh.pipeline import messages as m
 from mesh.pipeline import session as session_core
 from mesh.pipeline import stage as stage_core
 from mesh.types import ModelInfo, NodeId
+from node.advice import TAKEN_OVER, log_election, nobody_answers
 from node.api.app import ApiServer
 from node.api.context import ApiSettings
 from node.api.guard import is_loopback
@@ -70,6 +72,8 @@ LEAVE_S = 30.0
 """How long a leaving node waits for others to take over what only it holds ..."""
 DRAIN_S = 10.0
 """... for its own streams to end ..."""
+SILENCE_S = 10.0
+"""A node that comes in says after so long what it waits for."""
 GOODBYE_S = 3.0
 """... and for the election and gossip to let it go."""
 
@@ -86,6 +90,7 @@ class Node:
         self._log = get_logger("node")
         self._stop, self._released, self._departed = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._tasks: asyncio.TaskGroup | None = None
+        self._epoch = booted.durable.epoch
         self.offered: dict[str, ModelInfo] = {}
         self.lag = LagMeter()
         self.telemetry = Telemetry()
@@ -203,7 +208,10 @@ class Node:
         """Offer what is to be offered, say how others join."""
         for wish in self.config.model:
             await self.offer(wish.source, wish.name)
-        await self._until(self._known, math.inf)
+        await self._until(self._known, SILENCE_S)
+        if not self._known():
+            self._log.warning("not in the mesh yet", why=self._why_unknown())
+            await self._until(self._known, math.inf)
         self._log.info("joined", mesh=self.peers.core.durable.mesh_id[:8], name=self.config.name, peer=self.address)
         if self._booted.founded:
             made = await self.service.token_create(86_400.0, None)
@@ -214,6 +222,11 @@ class Node:
     def _known(self) -> bool:
         """A coordinator is known, and what this node offers is in the record: before that nothing is ready."""
         return bool(self.peers.core.leader) and all(self.keeper.serves(info) for info in self.offered.values())
+
+    def _why_unknown(self) -> str:
+        if len(self.view.live()) > 1 or not self._booted.seeds:
+            return self.view.degraded or "the models offered here are not in the record yet"
+        return nobody_answers(tuple(address for _, address in self._booted.seeds))
 
     async def _watch_engine(self) -> None:
         """A bug on the device thread stops the node: the mesh carries on without it."""
@@ -395,6 +408,7 @@ class Node:
     def _on_election(self, event: Any) -> None:
         self.keeper.noticed()
         self.outlook.touch()
+        log_election(self._log, event, lambda node: self.view.name_of(node))
         if isinstance(event, election_events.Committed):
             self._on_committed()
         elif isinstance(event, election_events.BecameLeader):
@@ -408,6 +422,9 @@ class Node:
     def _on_committed(self) -> None:
         """Act on the newest committed record: keys, fences, tombstones, placement."""
         record = self.peers.core.committed
+        if record.epoch > self._epoch and self.peers.core.leader != self.me:
+            self._log.warning("taken over", epoch=epoch_counter(record.epoch), advice=TAKEN_OVER)
+        self._epoch = record.epoch
         if record.content.gossip_keys:
             self._ring.set_keys(record.content.gossip_keys)
         self.outlook.placement(decode_placement(record.content.placement), record.placement_id)

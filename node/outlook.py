@@ -9,13 +9,9 @@ from mesh.errors import ConfigError
 from mesh.placement import Placement
 from mesh.types import NodeId, NodeProfile
 from mesh.view import MemberView, MeshView
+from node.advice import NO_COORDINATOR
 from node.net.address import parse_address
 from node.peers import Peers
-
-NO_COORDINATOR = (
-    "no coordinator is known: a majority of the voters cannot be reached. What is placed is served; "
-    "nobody is admitted and nothing is placed anew. If they are gone for good: python -m node takeover"
-)
 
 
 class Outlook:

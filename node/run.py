@@ -56,7 +56,7 @@ async def _main(config: NodeConfig) -> int:
         tcp, udp = bind_pair(host, port)
         address = config.advertise or format_address(host, tcp.getsockname()[1])
         _check_reachable(config, address)
-        booted = await boot(folder, config.token, (parse_address(address)[0],))
+        booted = await boot(folder, config.token, (parse_address(address)[0],), address)
         keys = booted.durable.committed.content.api_keys
         check_bind(parse_address(config.api, "--api")[0], has_keys=bool(keys))
         name = config.name or f"{socket.gethostname()}-{booted.identity.node_id[:4]}"

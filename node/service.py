@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from mesh.election.record import epoch_counter
 from mesh.errors import ConfigError, Leaving, NoRoute, PeerUnreachable, RequestError
 from mesh.types import ModelId, ModelInfo, NodeId
 from mesh.view import MeshView
@@ -99,6 +100,10 @@ class NodeService:
     @property
     def view(self) -> MeshView:
         return self._node.view
+
+    @property
+    def degraded(self) -> str:
+        return self.view.degraded
 
     def status(self) -> dict[str, Any]:
         core = self._node.peers.core
@@ -236,8 +241,9 @@ class NodeService:
         return {"revoked": found[0].id}
 
     async def takeover(self) -> dict[str, Any]:
+        core = self._node.peers.core
         await self._node.peers.election.call(lambda core, now: core.takeover(now))
-        return {"epoch": self._node.peers.core.epoch, "term": self._node.peers.core.term}
+        return {"epoch": epoch_counter(core.epoch), "term": core.term}
 
     async def _edited(self, edit: RevokeToken | RevokeKey | RemoveModel) -> bool:
         try:

@@ -6,6 +6,7 @@ from typing import Any
 
 from mesh.types import LayerSpan, NodeProfile
 from mesh.view import MemberView, MeshView
+from node.advice import failover_gap
 from node.entry import LiveGeneration
 
 
@@ -23,6 +24,7 @@ def status_document(
     addresses: dict[str, str],
 ) -> dict[str, Any]:
     """Names as in docs/protocol.md; ``placement.term`` and ``version`` are those of the committed record."""
+    living = {member.id for member in view.members if member.present}
     return {
         "mesh_id": mesh_id,
         "node_id": view.me,
@@ -31,6 +33,7 @@ def status_document(
         "term": view.term,
         "voters": list(voters),
         "degraded": view.degraded or None,
+        "failover": failover_gap(len(voters), len(living.intersection(voters)), len(living)) or None,
         "members": [_member(member, addresses.get(member.id, "")) for member in view.members],
         "placement": {
             "id": [epoch, view.placement_id[1]],

@@ -20,6 +20,8 @@ def print_status(document: dict[str, Any], *, clear: bool = False) -> None:
     console.print(f"mesh {mesh}  coordinator {coordinator}  term {document['term']}  voters {voters}")
     if document["degraded"]:
         console.print(f"[yellow]degraded: {escape(document['degraded'])}")
+    elif document.get("failover"):
+        console.print(f"[yellow]no failover: {escape(document['failover'])}")
     console.print(_members(document))
     console.print(_models(document, names))
     items = document["sessions"]["items"]

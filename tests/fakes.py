@@ -208,6 +208,7 @@ class FakeService:
         self.recoveries: tuple[Recovery, ...] = ()
         self.grammar = True
         self.is_ready: tuple[bool, str] = (True, "")
+        self.degraded = ""
         self.calls: list[tuple[Any, ...]] = []
         self.began, self.ended = asyncio.Event(), asyncio.Event()
         self.members: list[dict[str, Any]] = []

@@ -182,6 +182,11 @@ class Service(Protocol):
         """The ``/mesh/status`` document."""
         ...
 
+    @property
+    def degraded(self) -> str:
+        """Why this node can only serve what is placed (no majority is in reach); empty: it can do everything."""
+        ...
+
     def ready(self) -> tuple[bool, str]:
         """Whether every placed model can be served now, and else why not."""
         ...

@@ -25,12 +25,14 @@ async def health(request: web.Request) -> web.Response:
 
 
 async def ready(request: web.Request) -> web.Response:
-    """Whether every placed model can be served now."""
-    good, why = request.app[API].service.ready()
+    """Whether every placed model can be served now; a node on a minority's side can, and says that it is degraded."""
+    service = request.app[API].service
+    good, why = service.ready()
+    degraded = service.degraded or None
     if good:
-        return json_response({"ready": True})
+        return json_response({"ready": True, "degraded": degraded})
     error = {"message": why or "not ready", "type": "server_error", "param": None, "code": "not_ready"}
-    response = json_response({"ready": False, "why": why, "error": error}, status=503)
+    response = json_response({"ready": False, "degraded": degraded, "why": why, "error": error}, status=503)
     response.headers["Retry-After"] = "1"
     return response
 

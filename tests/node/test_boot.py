@@ -179,8 +179,19 @@ async def test_the_same_node_returns(with_token: bool, folder: DataFolder, mesh:
     before = await member_since(folder, mesh, 0.1)
     after = await boot(folder, mesh.token() if with_token else "", HOSTS)
     assert after.identity.node_id == before.identity.node_id
-    assert (after.membership, after.durable, after.seeds) == (before.membership, before.durable, before.seeds)
-    assert (len(mesh.joins), mesh.rejoins, after.founded) == (1, [], False)
+    assert (after.durable, after.seeds) == (before.durable, before.seeds)
+    assert (after.membership == before.membership) is not with_token
+    assert (len(mesh.joins), len(mesh.rejoins), after.founded) == (1, with_token, False)
+
+
+async def test_a_token_says_where_everybody_is_now(folder: DataFolder, mesh: Elsewhere) -> None:
+    """They moved while this node was away: only the token's seeds answer."""
+    await member_since(folder, mesh, 0.1)
+    remember_peers(folder, (("f" * 32, "h:7"), ("d" * 32, "h:8")))
+    after = await boot(folder, mesh.token(), HOSTS)
+    assert after.seeds == (("f" * 32, "h:1"), ("d" * 32, "h:8"), ("e" * 32, "h:2"))
+    mesh.refuses = PeerUnreachable("nobody there")
+    assert (await boot(folder, mesh.token(), HOSTS)).seeds == (("f" * 32, "h:7"), ("d" * 32, "h:8"))
 
 
 async def test_a_founder_returns_as_a_member(folder: DataFolder) -> None:

@@ -14,7 +14,7 @@ import pytest
 from mesh.errors import ConfigError
 from node import cli
 from node.ask import NodeRefused
-from node.cli import main
+from node.cli import TAKEN_OVER_HERE, main
 
 
 class FakeNode:
@@ -101,7 +101,7 @@ def test_a_local_folder_is_offered_by_its_whole_path(
     ("words", "answer", "printed"),
     [
         ("status --json", {"term": 3}, '{"term": 3}\n'),
-        ("takeover", {"term": 3, "voters": 1}, "term=3  voters=1\n"),
+        ("takeover", {"epoch": 2, "term": 3}, f"epoch=2  term=3\n{TAKEN_OVER_HERE}\n"),
         ("token create", {"command": "python -m node join t"}, "python -m node join t\n"),
         ("key create", {"key": "mk-secret", "id": "k"}, "mk-secret\n"),
         ("key list", {"data": [{"id": "k", "name": "ci"}, {"id": "l", "name": ""}]}, "id=k  name=ci\nid=l  name=\n"),

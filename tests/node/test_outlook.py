@@ -10,7 +10,8 @@ import pytest
 from gossip.members import MemberInfo as Gossiped
 from mesh.placement import Placement
 from mesh.types import NodeProfile
-from node.outlook import NO_COORDINATOR, Outlook
+from node.advice import NO_COORDINATOR
+from node.outlook import Outlook
 
 
 def told(node: str, state: Any = "alive", address: str = "10.0.0.1:9400", rtt_ms: float | None = None) -> Gossiped:

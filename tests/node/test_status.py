@@ -7,12 +7,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import msgspec
+import pytest
 
 from mesh.pipeline.messages import SessionRequest
 from mesh.pipeline.session import State
 from mesh.placement import Assigned, ModelPlacement, Placement
 from mesh.types import Hop, LayerSpan, Load, NodeProfile, Route, SamplingParams
 from mesh.view import MemberView, MeshView
+from node.advice import failover_gap
 from node.api.service import Recovery
 from node.status import status_document
 from tests.mesh.exhaustive import model
@@ -99,3 +101,23 @@ def test_sessions() -> None:
         ],
     }
     assert sessions["items"][1]["route"] == []
+
+
+@pytest.mark.parametrize(
+    ("voters", "living", "members", "says"),
+    [
+        (1, 1, 1, ""),
+        (1, 1, 2, "takeover"),
+        (1, 1, 3, "as yet"),
+        (3, 3, 3, ""),
+        (3, 2, 4, "2 of 3 voters"),
+        (2, 2, 3, "2 of 2 voters"),
+        (5, 5, 7, ""),
+        (5, 4, 6, ""),
+        (5, 3, 6, "3 of 5 voters"),
+        (3, 1, 2, "1 of 3 voters"),
+    ],
+)
+def test_what_stands_in_the_way_of_a_failover(voters: int, living: int, members: int, says: str) -> None:
+    found = failover_gap(voters, living, members)
+    assert (says in found) if says else not found

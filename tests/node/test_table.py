@@ -69,6 +69,11 @@ def test_what_is_amiss_is_said(shown: Any) -> None:
     assert "coordinator none" in text
     assert "degraded: no majority" in text
     assert "demo layers [4, 8) fit nowhere -" in text
+    assert "no failover" not in text
+
+
+def test_a_mesh_that_cannot_elect_says_so(shown: Any) -> None:
+    assert shown(document(failover="one node votes"))[1] == "no failover: one node votes"
 
 
 def test_what_a_node_is_loading_and_what_it_refused(shown: Any) -> None:

@@ -16,8 +16,10 @@ from tests.node.api.conftest import Http, chat_body
 
 async def test_probes(http: Http) -> None:
     assert await http.get("/health") == (200, {"status": "ok"})
-    assert await http.get("/ready") == (200, {"ready": True})
+    assert await http.get("/ready") == (200, {"ready": True, "degraded": None})
     assert await http.get("/version") == (200, {"version": "0.0.test"})
+    http.service.degraded = "no majority"
+    assert await http.get("/ready") == (200, {"ready": True, "degraded": "no majority"})
     http.service.is_ready = (False, "layers [4, 8) of demo are held by nobody")
     status, body = await http.get("/ready")
     assert (status, body["ready"], body["why"]) == (503, False, "layers [4, 8) of demo are held by nobody")
