@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar
 
 from mesh.types import NodeId
 
 T = TypeVar("T")
+
+
+LOOKS_BEYOND = 16
+"""News too large for the room that is left, before the search for smaller is given up."""
 
 
 class BroadcastQueue(Generic[T]):
@@ -45,20 +49,23 @@ class BroadcastQueue(Generic[T]):
     def take(self, room: int, times: int, most: int = 64, skip: NodeId | None = None, count: bool = True) -> list[T]:
         """Items that fit into ``room`` bytes, but for that of ``skip``; with ``count`` each is now sent once more, and
         gone after ``times``."""
-        taken: list[tuple[NodeId, T, int]] = []
-        for tier in self._tiers:
-            for subject in reversed(tier):
-                item, size = tier[subject]
-                if size <= room and subject != skip:
-                    taken.append((subject, item, size))
-                    room -= size
-                if room < 16 or len(taken) >= most:
-                    break
-            if room < 16 or len(taken) >= most:
+        taken: list[tuple[NodeId, tuple[T, int]]] = []
+        looks = LOOKS_BEYOND
+        for subject, entry in self._in_order():
+            if entry[1] > room:
+                looks -= 1
+            elif subject != skip:
+                taken.append((subject, entry))
+                room -= entry[1]
+            if room < 16 or len(taken) >= most or not looks:
                 break
-        for subject, item, size in reversed(taken) if count else ():
-            self._advance(subject, (item, size), times)
-        return [item for _, item, _ in taken]
+        for subject, entry in reversed(taken) if count else ():
+            self._advance(subject, entry, times)
+        return [entry[0] for _, entry in taken]
+
+    def _in_order(self) -> Iterator[tuple[NodeId, tuple[T, int]]]:
+        for tier in self._tiers:
+            yield from reversed(tier.items())
 
     def _advance(self, subject: NodeId, entry: tuple[T, int], times: int) -> None:
         tier = self._tier_of.pop(subject)

@@ -58,10 +58,10 @@ class RoundTrips:
     __slots__ = ("_last",)
 
     def __init__(self) -> None:
-        self._last: deque[float] = deque(maxlen=16)
+        self._last: tuple[float, ...] = ()  # most members of a large mesh are seldom probed: a deque is 600 bytes
 
     def add(self, seconds: float) -> None:
-        self._last.append(seconds)
+        self._last = (*self._last[-15:], seconds)
 
     def median(self) -> float | None:
         return sorted(self._last)[len(self._last) // 2] if self._last else None

@@ -28,7 +28,7 @@ from collections.abc import Iterator
 import msgspec
 
 from gossip.health import RoundTrips
-from gossip.messages import BUCKETS, STATE_NAMES, MemberRecord, State, StateName, Update, Vitals
+from gossip.messages import BUCKETS, MAX_ACCUSERS, STATE_NAMES, MemberRecord, State, StateName, Update
 from gossip.suspicion import Suspicion
 from mesh.types import NodeId
 
@@ -43,6 +43,16 @@ def decide(held: State | None, held_incarnation: int, said: State, incarnation: 
     if said is State.DEAD and hearsay and (held < State.DEAD or (newer and held is State.LEFT)):
         return State.SUSPECT
     return said if newer else max(held, said)
+
+
+def says_nothing_new(held: Member, update: Update, sender: NodeId) -> bool:
+    """Whether ``decide`` could change nothing: most claims come many times, and this is all that they cost."""
+    state, accusers = update.state, held.accusers
+    if state > held.state or update.record != held.record:
+        return False
+    if state is State.ALIVE or held.state is State.LEFT or len(accusers) == MAX_ACCUSERS:
+        return True
+    return all(name in accusers for name in update.by or (sender,))
 
 
 class MemberInfo(msgspec.Struct, frozen=True):
@@ -69,11 +79,11 @@ class Member:
         "degraded",
         "record",
         "rtt",
+        "share",
         "state",
         "suspicion",
         "told_at",
         "version",
-        "vitals",
     )
 
     def __init__(self, record: MemberRecord, state: State, now: float) -> None:
@@ -82,8 +92,9 @@ class Member:
         self.suspicion: Suspicion | None = None
         self.version = 0
         """Of the profile row held; 0: none."""
+        self.share = 0
+        """What it adds (by exclusive or) to its bucket's hash."""
         self.rtt = RoundTrips()
-        self.vitals = Vitals()
         self.degraded = False
         self.told_at = -1e9
         """When it was last told that it is held dead."""
@@ -108,6 +119,12 @@ def bucket_of(node: NodeId) -> int:
     return zlib.crc32(node.encode()) % BUCKETS
 
 
+def share_of(member: Member) -> int:
+    """64 bits that stand for what tables are compared by."""
+    text = f"{member.record.node} {member.record.incarnation} {member.state:d} {member.version}"
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
 class Members:
     """All members and tombstones, oneself included, with the probe order and the digests of anti-entropy."""
 
@@ -116,8 +133,6 @@ class Members:
         self._all: dict[NodeId, Member] = {}
         self._buckets: list[dict[NodeId, Member]] = [{} for _ in range(BUCKETS)]
         self._hashes = [0] * BUCKETS
-        self._share: dict[NodeId, int] = {}
-        """What each member adds (by exclusive or) to its bucket's hash."""
         self._ring: list[NodeId] = []
         """Present members but oneself, in the order of probing."""
         self._next = 0
@@ -144,9 +159,12 @@ class Members:
     def put(self, member: Member) -> None:
         """Add ``member``, or note that it has changed."""
         node = member.record.node
+        bucket = bucket_of(node)
         self._all[node] = member
-        self._buckets[bucket_of(node)][node] = member
-        self._rehash(node, member)
+        self._buckets[bucket][node] = member
+        share = share_of(member)
+        self._hashes[bucket] ^= share ^ member.share
+        member.share = share
 
     def track(self, member: Member, was_present: bool) -> None:
         """Keep the probe order after a change of state."""
@@ -164,7 +182,7 @@ class Members:
         member = self._all.pop(node)
         assert not member.present, node
         del self._buckets[bucket_of(node)][node]
-        self._hashes[bucket_of(node)] ^= self._share.pop(node)
+        self._hashes[bucket_of(node)] ^= member.share
 
     def next_to_probe(self) -> NodeId | None:
         """Shuffled round robin: each once before any twice, in another order each time (SWIM 4.3)."""
@@ -185,12 +203,6 @@ class Members:
         return [node for node in chosen if node != exclude][:count]
 
     # -- digests
-
-    def _rehash(self, node: NodeId, member: Member) -> None:
-        text = f"{node} {member.record.incarnation} {member.state:d} {member.version}"
-        share = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
-        self._hashes[bucket_of(node)] ^= share ^ self._share.get(node, 0)
-        self._share[node] = share
 
     def hashes(self) -> bytes:
         """The bucket digests, 8 bytes each: of ids, incarnations, states and profile versions."""

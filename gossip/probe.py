@@ -70,10 +70,9 @@ class Probes:
     def deadline(self) -> float:
         """Of the next thing to do here; infinity: nothing."""
         due = math.inf
-        for probe in self._own.values():
-            due = min(due, probe.deadline)
-        for relay in self._relays.values():
-            due = min(due, relay.deadline)
+        for waiting in (self._own, self._relays):
+            for one in waiting.values():
+                due = min(due, one.deadline)
         return due
 
     def _number(self) -> int:

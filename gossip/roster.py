@@ -12,7 +12,7 @@ from gossip.broadcast import BroadcastQueue
 from gossip.config import GossipConfig
 from gossip.events import Confirmed, Conflict, MemberChanged, Refuted
 from gossip.health import LocalHealth
-from gossip.members import Member, Members, decide
+from gossip.members import Member, Members, decide, says_nothing_new
 from gossip.messages import DATAGRAM_CODEC, STATE_NAMES, MemberRecord, SavedIncarnation, State, Update
 from gossip.suspicion import Suspicion, unite
 from mesh.core import Effect, Emit, Persist, Rejected
@@ -127,6 +127,8 @@ class Roster:
         if node == self.identity.node:
             return self._about_me(update, sender, now)
         held = self.members.get(node)
+        if held is not None and says_nothing_new(held, update, sender):
+            return False
         state = self._next_state(held, update, synced)
         if state is None or not self._proved(record, held, sender):
             return False

@@ -55,6 +55,7 @@ from mesh.types import NodeId, NodeProfile
 
 JITTER_S = 0.001
 """A call later than this after the deadline means that the process did not run when it wanted to."""
+NEWS_RIDES_ON = (Ping, Ack, PingReq, Gossip)
 SWEEP_S = 60.0
 """How often tombstones are looked through."""
 REMIND_S = 1.0
@@ -296,7 +297,7 @@ class Swim:
     # -- sending
 
     def _send(self, to: NodeId, message: Message) -> None:
-        if isinstance(message, Ping | Ack | PingReq | Gossip):
+        if type(message) in NEWS_RIDES_ON:
             message = self._with_news(to, message)
         self._out.append(Send(to, message))
 
@@ -304,15 +305,18 @@ class Swim:
         """``message`` with as much news as fits; first what ``to`` must know of itself."""
         member = self._members.get(to)
         accused = member is not None and member.state is not State.ALIVE
-        if not (accused or self.roster.news or self.exchange.news):
+        told, versions_told = self.roster.news, self.exchange.news
+        if not (accused or told or versions_told):
             return message
         first = [member.update()] if member is not None and accused and not message.updates else []
         room = self.config.datagram_bytes - DATAGRAM_CODEC.size(message) - sum(map(DATAGRAM_CODEC.size, first))
         # what goes to a member that may well be dead is not counted: it would use up the times that the living need
         times, count = self.config.retransmissions(self.n), not accused
-        updates = self.roster.news.take(room, times, most=48, skip=to, count=count)
-        room -= sum(map(DATAGRAM_CODEC.size, updates))
-        versions = self.exchange.news.take(room, times, most=48, skip=to, count=count)
+        updates = told.take(room, times, most=48, skip=to, count=count)
+        versions = []
+        if versions_told:
+            room -= sum(map(DATAGRAM_CODEC.size, updates))
+            versions = versions_told.take(room, times, most=48, skip=to, count=count)
         return msgspec.structs.replace(
             message,
             updates=(*message.updates, *first, *updates),

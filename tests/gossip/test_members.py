@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
 
-from gossip.members import Member, Members, bucket_of, decide
+from gossip import roster
+from gossip.members import Member, Members, bucket_of, decide, says_nothing_new
 from gossip.messages import BUCKETS, State
 from mesh.types import NodeId
-from tests.gossip.lab import record
+from tests.gossip.lab import Lab, record, said
 
 A, S, D, L = State.ALIVE, State.SUSPECT, State.DEAD, State.LEFT
 
@@ -43,9 +45,9 @@ def test_decide(held: State | None, said: State, step: int, synced: bool, then: 
 
 @pytest.mark.parametrize("synced", [False, True])
 def test_only_a_larger_incarnation_brings_the_dead_back(synced: bool) -> None:
-    for said in State:
+    for told in State:
         for step in (-1, 0):
-            assert decide(D, 5, said, 5 + step, synced) in (None, D, L)
+            assert decide(D, 5, told, 5 + step, synced) in (None, D, L)
 
 
 def members(*names: str, seed: int = 1) -> Members:
@@ -138,3 +140,28 @@ def test_digests_see_profiles() -> None:
     member.version = 7
     one.put(member)
     assert one.root() != other.root()
+
+
+@pytest.mark.parametrize("held_state", list(State))
+@pytest.mark.parametrize("said_state", list(State))
+@pytest.mark.parametrize("incarnation", [4, 5, 6])
+def test_a_claim_that_says_nothing_new_changes_nothing(
+    held_state: State, said_state: State, incarnation: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The short way of ``Roster.apply`` agrees with the long one."""
+    monkeypatch.setattr(roster, "says_nothing_new", lambda *args: False)
+    gone = (held_state is State.LEFT, said_state is State.LEFT)
+    for held_by, said_by in itertools.product(
+        [(), ("a",), ("a", "b"), tuple("abcd")], [(), ("a",), ("c",), tuple("ba")]
+    ):
+        lab = Lab("a", "b", "c")
+        held = said(held_state, "x", 5, held_by, left=gone[0])
+        lab.told(held, "a")
+        member = lab.core.roster.members.get(NodeId("x"))
+        assert member is not None
+        claim = said(said_state, "x", incarnation, said_by, left=gone[1])
+        short = says_nothing_new(member, claim, NodeId("c"))
+        before = (member.state, member.record, member.accusers)
+        lab.told(claim, "c")
+        changed = before != (member.state, member.record, member.accusers)
+        assert not (short and changed), (held, claim)

@@ -9,6 +9,7 @@ Shares no code with the core: it reads what is on disks, what was delivered, and
 
 from __future__ import annotations
 
+from array import array
 from typing import Any
 
 from mesh.core import Emit
@@ -17,64 +18,110 @@ from tests.sim.world import World
 ORDER = {"alive": 0, "suspect": 1, "dead": 2, "left": 3}
 
 
-class GossipChecks:
-    """``steady``: nodes that no fault touches, so none of them may hold another dead (G4)."""
+class Seen:
+    """What one observer was heard to hold in one of its lives; by the number of the subject."""
 
-    def __init__(self, world: World, steady: list[str] | None = None, full_every: int = 200) -> None:
-        self.world, self.full_every = world, full_every
+    def __init__(self, count: int) -> None:
+        self.evidence = array("q", bytes(8 * count))
+        """Largest incarnation delivered to it."""
+        self.held: list[tuple[str, int] | None] = [None] * count
+        """(state, incarnation) when last looked at."""
+        self.next = 0
+        """The subject to be looked at next, changed or not."""
+
+    def grow(self, count: int) -> None:
+        missing = count - len(self.held)
+        self.evidence.extend([0] * missing)
+        self.held += [None] * missing
+
+
+class GossipChecks:
+    """``steady``: nodes that no fault touches, so none of them may hold another dead (G4).
+
+    Looks at what a step may have changed (subjects of new evidence and of events), and after every ``sweep_every``th
+    step at one more row, in turn, so that a change that nothing announced is seen as well."""
+
+    def __init__(self, world: World, steady: list[str] | None = None, sweep_every: int = 8) -> None:
+        self.world, self.sweep_every = world, sweep_every
         self.steady = dict.fromkeys(steady or [])
         self.issued: dict[str, int] = {}
-        """Largest incarnation that each node has made durable."""
-        self.seen: dict[tuple[str, int], dict[str, tuple[str, int]]] = {}
-        """(observer, its life) -> subject -> (state, incarnation) when last looked at."""
-        self.evidence: dict[tuple[str, int], dict[str, int]] = {}
-        """(observer, its life) -> subject -> largest incarnation delivered to it."""
-        self.looks = 0
-        self.steps = 0
+        """Largest incarnation that each node is known to have made durable."""
+        self.numbers: dict[str, int] = {}
+        self.names: list[str] = []
+        self.seen: dict[tuple[str, int], Seen] = {}
+        """(observer, its life) -> what it was seen to hold."""
+        self._shared: dict[tuple[str, int], tuple[str, int]] = {}
+        self.looks = self.steps = 0
         world.after_step.append(self.after_step)
 
     def after_step(self, world: World, observer: str) -> None:
-        self.steps += 1
         node = world.nodes[observer]
-        for record in node.disk[-1:]:
-            self.issued[observer] = max(self.issued.get(observer, 0), record.incarnation)
-        said = self._claims(world.heard)
-        heard = self.evidence.setdefault((observer, node.life), {})
-        for subject, incarnation in said:
-            heard[subject] = max(heard.get(subject, 0), incarnation)
-        changed = [e.event.node for e in world.effects if type(e) is Emit and hasattr(e.event, "old")]
-        subjects = dict.fromkeys([subject for subject, _ in said] + changed)
-        if self.steps % self.full_every == 0:
-            self._look_at_all(node)
-        else:
-            for subject in subjects:
-                self._look(node, subject, node.core.member(subject))
+        seen = self._seen_of(node)
+        if world.heard is not None:
+            self._hear(node, seen, world.heard)
+        for effect in world.effects:
+            if type(effect) is Emit and hasattr(effect.event, "old"):
+                self._look(node, seen, effect.event.node)
+        self.steps += 1
+        if self.steps % self.sweep_every == 0:
+            seen.next = (seen.next + 1) % len(self.names)
+            self._look(node, seen, self.names[seen.next])
 
-    @staticmethod
-    def _claims(message: Any) -> list[tuple[str, int]]:
-        """(subject, incarnation) of every claim in a message."""
-        updates = list(getattr(message, "updates", ()))
-        updates += [row.update for row in getattr(message, "rows", ()) if hasattr(row, "update")]
-        updates += [message.update] if hasattr(message, "update") else []
-        return [(update.record.node, update.record.incarnation) for update in updates]
+    def _seen_of(self, node: Any) -> Seen:
+        if len(self.numbers) < len(self.world.nodes):
+            for name in self.world.nodes:
+                self._number(name)
+        seen = self.seen.get((node.id, node.life))
+        if seen is None:
+            seen = self.seen[node.id, node.life] = Seen(len(self.names))
+        return seen
 
-    def _look_at_all(self, node: Any) -> None:
+    def _number(self, name: str) -> int:
+        if name not in self.numbers:
+            self.numbers[name] = len(self.names)
+            self.names.append(name)
+        return self.numbers[name]
+
+    def _hear(self, node: Any, seen: Seen, message: Any) -> None:
+        """Every claim in a message; one that says nothing new of an incarnation cannot break G2."""
+        for update in getattr(message, "updates", ()):
+            self._claim(node, seen, update.record)
+        for row in getattr(message, "rows", ()):
+            if hasattr(row, "update"):
+                self._claim(node, seen, row.update.record)
+        if hasattr(message, "update"):
+            self._claim(node, seen, message.update.record)
+
+    def _claim(self, node: Any, seen: Seen, record: Any) -> None:
+        number = self._number(record.node)
+        if number >= len(seen.held):
+            seen.grow(len(self.names))
+        if record.incarnation > seen.evidence[number]:
+            seen.evidence[number] = record.incarnation
+            self._look(node, seen, record.node)
+
+    def look_at_all(self, node: Any) -> None:
         for info in node.core.members():
-            self._look(node, info.node, info)
+            self._look(node, self._seen_of(node), info.node)
 
-    def _look(self, node: Any, subject: str, info: Any) -> None:
+    def _look(self, node: Any, seen: Seen, subject: str) -> None:
         """G1-G4 for what ``node`` holds of ``subject``."""
         self.looks += 1
-        seen = self.seen.setdefault((node.id, node.life), {})
-        before = seen.get(subject)
+        info, number = node.core.member(subject), self._number(subject)
+        if number >= len(seen.held):
+            seen.grow(len(self.names))
+        before = seen.held[number]
         if info is None:
             assert before is None or before[0] in ("dead", "left"), f"{node.id} forgot {subject}, which was {before}"
-            seen.pop(subject, None)
+            seen.held[number] = None
             return
         now = (info.state, info.incarnation)
+        if now == before and now[1] >= seen.evidence[number]:
+            return
+        now = seen.held[number] = self._shared.setdefault(now, now)
         where = f"at {self.world.now:.3f} {node.id} holds {subject} {now}, before {before}"
-        assert info.incarnation <= self.issued.get(subject, 0), f"G1: never issued: {where}"
-        assert info.incarnation >= self.evidence[node.id, node.life].get(subject, 0), f"G2: heard of a larger: {where}"
+        assert now[1] <= self._issued(subject, now[1]), f"G1: never issued: {where}"
+        assert now[1] >= seen.evidence[number], f"G2: heard of a larger: {where}"
         if before is not None:
             assert now[1] >= before[1], f"G2: fell: {where}"
             if before[0] in ("dead", "left") and now[0] in ("alive", "suspect"):
@@ -83,7 +130,11 @@ class GossipChecks:
                 assert ORDER[now[0]] >= ORDER[before[0]], f"G3: cleared without a new incarnation: {where}"
         if now[0] == "dead" and subject in self.steady and node.id in self.steady:
             raise AssertionError(f"G4: a steady member is dead: {where}")
-        seen[subject] = now
+
+    def _issued(self, subject: str, claimed: int) -> int:
+        if claimed > self.issued.get(subject, 0):
+            self.issued[subject] = max(record.incarnation for record in self.world.nodes[subject].written)
+        return self.issued[subject]
 
     # -- G5, G6
 

@@ -36,7 +36,7 @@ class WireCodec:
     """Each message through the codec that the driver would choose; remembers how many bytes went by stream."""
 
     def encode(self, message: Any) -> bytes:
-        stream = isinstance(message, STREAM)
+        stream = type(message) in STREAM
         codec: Any = STREAM_CODEC if stream else DATAGRAM_CODEC
         return (b"s" if stream else b"d") + bytes(codec.encode(message))
 
@@ -58,7 +58,7 @@ def gossip_world(
 ) -> World:
     """``n`` nodes that join through the first ``seeds``, ``stagger_s`` apart."""
     config = config or GossipConfig()
-    world = World(seed, net, codec=WireCodec() if codec else None, reliable=lambda message: isinstance(message, STREAM))
+    world = World(seed, net, codec=WireCodec() if codec else None, reliable=lambda message: type(message) in STREAM)
     ids = [node_id(index) for index in range(n)]
     for index in range(n):
         world.at(index * stagger_s, lambda index=index: add_node(world, ids, index, config, swim, seeds))

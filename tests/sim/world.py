@@ -52,6 +52,8 @@ class Node:
         self.core: Any = None
         self.disk: list[Any] = []
         """Every record persisted, oldest first."""
+        self.written: list[Any] = []
+        """Every record that was ever durable, whatever became of the disk; for checkers."""
         self.emitted: deque[Any] = deque(maxlen=1000)
         self.inbox: deque[tuple[Any, str]] = deque()
         self.paused = False
@@ -253,6 +255,7 @@ class World:
 
     def _durable(self, node: Node, record: Any) -> None:
         node.disk.append(record)
+        node.written.append(record)
         node.on_persist(record, self.now)
 
     # -- messages
