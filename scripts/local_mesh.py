@@ -24,6 +24,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 STOP_S = 20.0
+ENDED = (None, 0, -9)
+"""Runs, left, or was killed: anything else is a failure of the node."""
 
 
 class MeshFailure(RuntimeError):
@@ -169,7 +171,7 @@ class LocalMesh:
         """Poll ``condition``; a node that ends meanwhile, or the time-out, raises with its log."""
         end = time.monotonic() + timeout
         while not condition():
-            dead = [node for node in self.nodes if node.process is not None and node.process.poll() not in (None, -9)]
+            dead = [node for node in self.nodes if node.process is not None and node.process.poll() not in ENDED]
             if dead or time.monotonic() > end:
                 node = dead[0] if dead else self.nodes[0]
                 why = f"{node.name} ended" if dead else "time-out"

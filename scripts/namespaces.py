@@ -1,6 +1,7 @@
-"""Network namespaces joined by one bridge: a network that can be cut on one machine.  Linux, iproute2, and the rights.
+"""Network namespaces joined by one bridge: a network that can be cut and made lossy on one machine.
 
-A cut is a wrong link address on both sides, so packets vanish without an error, as on a pulled cable.
+Linux, root, iproute2; ``lose`` and ``block`` need nftables too.  Packets vanish without an error, as on a pulled cable:
+``cut`` writes a wrong link address on both sides, the others drop what comes in.
 """
 
 from __future__ import annotations
@@ -8,18 +9,20 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import shutil
 import subprocess
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TypeVar
 
 T = TypeVar("T")
 CLONE_NEWNET = 0x40000000
 NOWHERE = "02:00:00:00:00:fe"
+TABLE = "table inet murmur"
 
 
 class NoRights(RuntimeError):
-    """This machine does not let us make namespaces; the message says why."""
+    """This machine lacks a right or a tool for namespaces; the message names it."""
 
 
 class Network:
@@ -30,12 +33,13 @@ class Network:
         self.hub = f"murmur-{os.getpid()}-hub"
 
     def __enter__(self) -> Network:
+        if shutil.which("ip") is None:
+            raise NoRights("the command ip is missing: install iproute2")
         try:
             self._make()
         except (OSError, subprocess.CalledProcessError) as error:
             self.__exit__()
-            why = error.stderr.strip() if isinstance(error, subprocess.CalledProcessError) else str(error)
-            raise NoRights(f"network namespaces are not permitted here: {why}") from error
+            raise NoRights(f"network namespaces are not permitted here (root is needed): {_why(error)}") from error
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -75,6 +79,34 @@ class Network:
     def _neighbour(self, verb: str, at: int, of: int, *rest: str) -> None:
         _ip("-n", self.names[at], "neighbour", verb, self.address(of), *rest, "dev", "eth0")
 
+    def lose(self, percent: int) -> None:
+        """Each namespace drops so much of what comes in, by chance: UDP and TCP, so both ways of every connection."""
+        for index in range(len(self.names)):
+            self._drop(index, f"numgen random mod 100 < {percent}")
+
+    def block(self, at: Collection[int], of: Collection[int]) -> None:
+        """``at`` hear nothing of ``of``: one way.  What was dropped before at ``at`` is heard again."""
+        sources = ", ".join(self.address(index) for index in of)
+        for index in at:
+            self._drop(index, f"ip saddr {{ {sources} }}")
+
+    def clear(self) -> None:
+        """Nothing is dropped any more."""
+        for index in range(len(self.names)):
+            self._nft(index, f"{TABLE}\ndelete {TABLE}\n")
+
+    def _drop(self, at: int, match: str) -> None:
+        rules = f'type filter hook input priority 0\niifname "eth0" {match} drop\n'
+        self._nft(at, f"{TABLE}\ndelete {TABLE}\n{TABLE} {{\nchain input {{\n{rules}}}\n}}\n")
+
+    def _nft(self, at: int, script: str) -> None:
+        if shutil.which("nft") is None:
+            raise NoRights("the command nft is missing: install nftables")
+        command = ["ip", "netns", "exec", self.names[at], "nft", "-f", "-"]
+        done = subprocess.run(command, input=script, capture_output=True, text=True)
+        if done.returncode != 0:
+            raise NoRights(f"nft cannot drop packets here: {done.stderr.strip()}")
+
     def within(self, index: int, act: Callable[[], T]) -> T:
         """``act()`` with every socket and process that it makes inside namespace ``index``."""
         results: list[T] = []
@@ -95,6 +127,10 @@ def enter(name: str) -> None:
     with open(f"/run/netns/{name}") as handle:
         if libc.setns(handle.fileno(), CLONE_NEWNET) != 0:
             raise OSError(ctypes.get_errno(), f"setns {name}")
+
+
+def _why(error: OSError | subprocess.CalledProcessError) -> str:
+    return error.stderr.strip() if isinstance(error, subprocess.CalledProcessError) else str(error)
 
 
 def _ip(*words: str) -> None:
