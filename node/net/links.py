@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import socket
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
@@ -21,6 +22,9 @@ from node.security.tls import PeerTls
 
 DIAL_S = 3.0
 """For TCP, TLS and the WebSocket handshake together."""
+SILENT_S = 5.0
+"""When the peer's system acknowledged nothing of what was sent for so long, the connection is dialled anew.
+Left alone, TCP tries again after ever longer pauses, and is deaf for as long again once the network has healed."""
 MAX_ERROR_BYTES = 64 * 1024
 
 Spawn = Callable[[Coroutine[Any, Any, None]], "asyncio.Task[None]"]
@@ -152,6 +156,13 @@ class Links:
         asyncio.get_running_loop().call_soon(self._events.on_lost, node_id)
 
 
+def _bound_silence(connection: socket.socket | None) -> None:
+    """Where the system has such an option (Linux); elsewhere its own time-outs hold."""
+    option = getattr(socket, "TCP_USER_TIMEOUT", None)
+    if option is not None and connection is not None:
+        connection.setsockopt(socket.IPPROTO_TCP, option, int(SILENT_S * 1000))
+
+
 class _Link:
     """The two lanes to one peer, and what is known of it (a ``LaneOwner``)."""
 
@@ -187,7 +198,7 @@ class _Link:
     async def dial(self, lane: Lane) -> aiohttp.ClientWebSocketResponse:
         try:
             async with asyncio.timeout(DIAL_S):
-                return await self._session.ws_connect(
+                connection = await self._session.ws_connect(
                     f"https://{self.address}/peer/stream?lane={lane}",
                     ssl=self._tls.client,
                     server_hostname=node_name(self._tls.mesh_id, self.to),
@@ -197,6 +208,8 @@ class _Link:
                 )
         except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
             raise unreachable(self.address, error) from error
+        _bound_silence(connection.get_extra_info("socket"))
+        return connection
 
     def lane_up(self, *, mended: bool) -> None:
         told, self.up = self.up, True

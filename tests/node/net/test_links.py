@@ -12,6 +12,7 @@ from node.net import inbound, stream
 from node.net.address import bind_pair, parse_address
 from node.net.frames import CREDIT, encode
 from node.net.inbound import Received
+from node.net.links import SILENT_S
 from node.security.ca import node_name
 
 CREDIT_BYTES = 2**20
@@ -206,7 +207,7 @@ async def test_a_request_without_an_answer_is_unreachable_in_time(town: Any) -> 
         await a.links.request(b.id, b.address, "never", b"", 2.0)
 
 
-async def test_nagle_is_off_at_both_ends(town: Any) -> None:
+async def test_sockets_do_not_hold_frames_back_nor_wait_for_ever(town: Any) -> None:
     import socket as sockets
 
     a, b = await town.member(), await town.member()
@@ -229,6 +230,8 @@ async def test_nagle_is_off_at_both_ends(town: Any) -> None:
     link_socket = await a.links._links.setdefault(b.id, _link(a, b)).dial("control")
     sock = link_socket.get_extra_info("socket")
     assert sock.getsockopt(sockets.IPPROTO_TCP, sockets.TCP_NODELAY)
+    if hasattr(sockets, "TCP_USER_TIMEOUT"):
+        assert sock.getsockopt(sockets.IPPROTO_TCP, sockets.TCP_USER_TIMEOUT) == SILENT_S * 1000
     assert link_socket.get_extra_info("ssl_object").version() == "TLSv1.3"
     await link_socket.close()
 
