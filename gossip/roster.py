@@ -61,6 +61,7 @@ class Roster:
         self.leaving = False
         self._suspects: dict[NodeId, float] = {}
         """Deadline of each running suspicion."""
+        self._no_verdict_before = -math.inf
         self._verdict_at: float | None = None
         """The smallest of them; ``None``: to be computed."""
         self._expelled: dict[NodeId, None] = {}
@@ -254,7 +255,7 @@ class Roster:
     def deadline(self) -> float:
         """Of the next verdict."""
         if self._verdict_at is None:
-            self._verdict_at = min(self._suspects.values(), default=math.inf)
+            self._verdict_at = max(self._no_verdict_before, min(self._suspects.values(), default=math.inf))
         return self._verdict_at
 
     def tick(self, now: float) -> None:
@@ -281,12 +282,14 @@ class Roster:
         return member, member.suspicion
 
     def excuse(self, seconds: float, earliest: float) -> None:
-        """This node slept for ``seconds``: refutations may have come and gone.  No verdict before ``earliest``."""
+        """This node slept for ``seconds``: refutations may have come and gone.  No verdict before ``earliest``, even
+        where confirmations that came meanwhile would bring it forward."""
+        self._no_verdict_before = earliest
+        self._verdict_at = None
         for node in self._suspects:
             member, suspicion = self._suspect(node)
-            suspicion.excused += max(seconds, earliest - self._suspects[node])
+            suspicion.excused += seconds
             self._suspects[node] = suspicion.deadline(len(member.accusers))
-            self._verdict_at = None
 
     # -- the dead
 

@@ -10,6 +10,7 @@ Shares no code with the core: it reads what is on disks, what was delivered, and
 from __future__ import annotations
 
 from array import array
+from collections.abc import Iterable
 from typing import Any
 
 from mesh.core import Emit
@@ -36,14 +37,24 @@ class Seen:
 
 
 class GossipChecks:
-    """``steady``: nodes that no fault touches, so none of them may hold another dead (G4).
+    """``steady``: nodes that no fault touches, so none of them may hold another dead (G4); ``unsuspected``: nodes that
+    always can be reached, at least through any third, so that nobody may even suspect them; ``wake_s``: for so long
+    after a pause nobody declares others dead by its own clock.
 
     Looks at what a step may have changed (subjects of new evidence and of events), and after every ``sweep_every``th
     step at one more row, in turn, so that a change that nothing announced is seen as well."""
 
-    def __init__(self, world: World, steady: list[str] | None = None, sweep_every: int = 8) -> None:
+    def __init__(
+        self,
+        world: World,
+        steady: Iterable[str] = (),
+        unsuspected: Iterable[str] = (),
+        wake_s: float = 0.0,
+        sweep_every: int = 8,
+    ) -> None:
         self.world, self.sweep_every = world, sweep_every
-        self.steady = dict.fromkeys(steady or [])
+        self.steady, self.unsuspected = dict.fromkeys(steady), dict.fromkeys(unsuspected)
+        self.wake_s = wake_s
         self.issued: dict[str, int] = {}
         """Largest incarnation that each node is known to have made durable."""
         self.numbers: dict[str, int] = {}
@@ -62,6 +73,7 @@ class GossipChecks:
         for effect in world.effects:
             if type(effect) is Emit and hasattr(effect.event, "old"):
                 self._look(node, seen, effect.event.node)
+                self._judge(node, effect.event.node, effect.event.new)
         self.steps += 1
         if self.steps % self.sweep_every == 0:
             seen.next = (seen.next + 1) % len(self.names)
@@ -99,6 +111,15 @@ class GossipChecks:
         if record.incarnation > seen.evidence[number]:
             seen.evidence[number] = record.incarnation
             self._look(node, seen, record.node)
+
+    def _judge(self, node: Any, subject: str, state: str) -> None:
+        """What a healthy, punctual node does not say of a subject (the other half of G4)."""
+        where = f"at {self.world.now:.3f} {node.id} holds {subject} {state}"
+        if state == "suspect" and subject in self.unsuspected:
+            raise AssertionError(f"G4: suspected, though all others reach it: {where}")
+        awake = self.world.now - node.woke_at
+        if state == "dead" and self.world.heard is None and awake < self.wake_s and node.slept_s > 2 * self.wake_s:
+            raise AssertionError(f"G4: judged {awake:.3f} s after it woke: {where}")
 
     def look_at_all(self, node: Any) -> None:
         for info in node.core.members():

@@ -6,7 +6,8 @@ import hashlib
 from typing import Any
 
 from gossip.config import GossipConfig
-from gossip.messages import DATAGRAM_CODEC, STREAM, STREAM_CODEC, SavedIncarnation
+from gossip.members import Member
+from gossip.messages import DATAGRAM_CODEC, STREAM, STREAM_CODEC, SavedIncarnation, State
 from gossip.roster import Identity
 from gossip.swim import Swim
 from mesh.types import MeshId, NodeId
@@ -65,20 +66,27 @@ def gossip_world(
     return world
 
 
-def warm_world(n: int, seed: int, config: GossipConfig | None = None, net: NetParams | None = None) -> World:
+def warm_world(
+    n: int,
+    seed: int,
+    config: GossipConfig | None = None,
+    net: NetParams | None = None,
+    *,
+    codec: bool = True,
+    swim: type[Swim] = Swim,
+) -> World:
     """``n`` nodes that have known each other for a while: joining costs n x n messages, this only n x n rows."""
-    config = config or GossipConfig()
-    world = gossip_world(n, seed, config, net, stagger_s=0.0, seeds=0)
+    world = gossip_world(n, seed, config, net, codec=codec, swim=swim, stagger_s=0.0, seeds=0)
     world.run(0.0)
-    nodes = list(world.nodes.values())
-    updates = [node.core.roster.own.update() for node in nodes]
-    for node in nodes:
-        core, clock = node.core, node.clock(world.now)
-        for update in updates:
-            if update.record.node != node.id:
-                core.roster.apply(update, update.record.node, clock, synced=True, age_s=config.dead_gossip_s)
-        core.roster.news.drop(node.id)
-        core._out.clear()
+    records = [node.core.roster.own.record for node in world.nodes.values()]
+    for node in world.nodes.values():
+        members, clock = node.core.roster.members, node.clock(world.now)
+        for record in records:
+            if record.node != node.id:
+                member = Member(record, State.ALIVE, clock)
+                members.put(member)
+                members.track(member, was_present=False)
+        node.core.roster.news.drop(node.id)
     return world
 
 

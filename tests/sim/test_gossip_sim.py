@@ -2,33 +2,57 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
+import msgspec
 import pytest
 
-from gossip import roster
 from gossip.config import GossipConfig
 from gossip.messages import Gossip, State, Update
-from gossip.roster import Roster
 from mesh.types import NodeProfile
+from tests.sim.faults import FaultKind
 from tests.sim.gossip_checks import GossipChecks
-from tests.sim.gossip_weather import stormy
+from tests.sim.gossip_mutants import CONTROLS, play
+from tests.sim.gossip_weather import KINDS, Storm, draw_mix, weather
 from tests.sim.gossip_world import gossip_world, node_id, views_agree
 from tests.sim.world import Fault, NetParams
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_properties_hold_in_any_weather(seed: int) -> None:
-    stormy(seed, n=12, until=60.0)
+@pytest.mark.parametrize("batch", range(10))
+def test_safety_of_a_hundred_nodes_in_any_weather(batch: int) -> None:
+    """Fifty seeds; each has a mixture of its own."""
+    for seed in range(5 * batch, 5 * batch + 5):
+        Storm(seed, draw_mix(seed, n=100, until=3.0, every_s=0.3, warm=True)).run(liveness=False)
 
 
-def test_properties_hold_with_many_nodes() -> None:
-    stormy(100, n=40, until=22.0)
+@pytest.mark.parametrize("seed", range(12))
+def test_safety_and_liveness_of_small_meshes_in_any_weather(seed: int) -> None:
+    Storm(seed, draw_mix(seed)).run()
 
 
-def test_small_meshes() -> None:
-    for n in (2, 3, 4):
-        stormy(200 + n, n=n, until=60.0)
+def test_the_mixtures_hold_everything_that_may_happen() -> None:
+    mixes = [draw_mix(seed) for seed in range(200)]
+    assert {kind for mix in mixes for kind in mix.kinds} == set(KINDS)
+    assert {mix.net.delay for mix in mixes} == {"exponential", "uniform", "pareto"}
+    happened = {fault.kind for seed, mix in enumerate(mixes) for fault in weather(seed, mix)}
+    assert happened == set(get_args(FaultKind))
+
+
+def test_a_schedule_is_a_value_that_prints_and_replays() -> None:
+    first, again = (Storm(4, draw_mix(4, n=5, until=30.0)) for _ in range(2))
+    first.faults = msgspec.json.decode(msgspec.json.encode(first.faults), type=list[Fault])
+    assert first.run().digest() == again.run().digest()
+
+
+def test_what_fails_shows_its_schedule_and_its_last_events() -> None:
+    control = CONTROLS["no refutation"]
+    with pytest.raises(AssertionError) as failure:
+        Storm(0, **control).run()
+    lines = failure.value.__notes__[0].splitlines()
+    assert lines[0] == str(control["mix"])
+    assert [line for line in lines if line.startswith("Fault(")] == [str(fault) for fault in weather(0, control["mix"])]
+    assert len([line for line in lines if " deliver " in line or " tick " in line]) > 100
+    assert all(len(line) <= 300 for line in lines[1:])
 
 
 def crash_and_time(n: int, seed: int, config: GossipConfig, net: NetParams | None = None) -> tuple[float, float, float]:
@@ -141,58 +165,26 @@ def test_profiles_reach_everyone_and_only_when_they_change() -> None:
     assert idle < 120.0  # bytes/s of plain text; profiles of 3,400 bytes are not among them
 
 
-# -- controls: a rule removed is a violation seen
+# -- controls: a rule removed is a violation seen (the search is ``python -m tests.sim.gossip_mutants``)
+
+CAUGHT = {
+    "no refutation": (0, "G4: a steady member is dead"),
+    "the largest incarnation is forgotten": (1, "G2"),
+    "dead is taken as dead": (0, "G4: a steady member is dead"),
+    "no indirect probes": (0, "G4: suspected"),
+    "no wake guard": (5, "G4: judged"),
+    "old news revives the dead": (0, "G3"),
+    "an incarnation is told before it is saved": (0, "G1"),
+    "the dead are not written to": (2, "after 150"),
+}
+"""Name -> the seed that catches it, and what is seen."""
 
 
-def violation(seed: int, n: int, until: float, config: GossipConfig | None = None) -> str:
-    """What goes wrong in that weather; empty: nothing."""
-    try:
-        stormy(seed, n, until, bound_s=60.0, config=config)
-    except AssertionError as error:
-        return str(error).split("\n")[0]
-    return ""
-
-
-def test_control_without_refutation(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert violation(2, 8, 40.0) == ""
-    monkeypatch.setattr(Roster, "_about_me", lambda *args: False)
-    assert violation(2, 8, 40.0).startswith("G4")
-
-
-def test_control_without_the_largest_incarnation(monkeypatch: pytest.MonkeyPatch) -> None:
-    rule = roster.decide
-
-    def forgetful(held: Any, held_incarnation: int, said: State, incarnation: int, hearsay: bool) -> Any:
-        both_dead = held is State.DEAD and said is State.DEAD
-        return None if both_dead else rule(held, held_incarnation, said, incarnation, hearsay)
-
-    monkeypatch.setattr(roster, "decide", forgetful)
-    world = gossip_world(4, 1)
-    GossipChecks(world)
-    world.schedule([Fault(5.0, "crash", (node_id(3),)), Fault(20.0, "partition", (node_id(2),)), Fault(40.0, "heal")])
-    world.schedule([Fault(22.0, "restart", (node_id(3),)), Fault(24.0, "crash", (node_id(3),))])
-    with pytest.raises(AssertionError, match="G2"):
-        world.run(200.0)
-
-
-def test_control_the_dead_return_at_the_same_incarnation(monkeypatch: pytest.MonkeyPatch) -> None:
-    rule = roster.decide
-
-    def gullible(held: Any, held_incarnation: int, said: State, incarnation: int, hearsay: bool) -> Any:
-        if held is State.DEAD and said is State.ALIVE and incarnation == held_incarnation:
-            return State.ALIVE
-        return rule(held, held_incarnation, said, incarnation, hearsay)
-
-    monkeypatch.setattr(roster, "decide", gullible)
-    monkeypatch.setattr(roster, "says_nothing_new", lambda *args: False)
-    world = gossip_world(5, 1)
-    GossipChecks(world)
-    world.run(10.0)
-    old = Update(State.ALIVE, world.core(node_id(4)).roster.own.record)
-    world.apply(Fault(10.0, "crash", (node_id(4),)))
-    world.run(30.0)
-    with pytest.raises(AssertionError, match="G3"):  # a replay
-        world.do(node_id(0), lambda core, now: core.receive(Gossip((old,)), node_id(3), now))
+@pytest.mark.parametrize("name", CONTROLS)
+def test_negative_control(name: str) -> None:
+    seed, what = CAUGHT[name]
+    assert play(seed, CONTROLS[name]["mix"]) == ""
+    assert play(seed, **CONTROLS[name]).startswith(what)
 
 
 def refutations(config: GossipConfig) -> int:

@@ -59,6 +59,8 @@ class Node:
         self.paused = False
         self.crash_after: int | None = None
         """``crash_mid``: how many more effects are performed."""
+        self.paused_at, self.woke_at, self.slept_s = 0.0, -math.inf, 0.0
+        """Of the last pause, in global time; for checkers."""
         self.step_s = self.fsync_s = 0.0
         self.lies = 0
         self.busy_until = 0.0
@@ -193,8 +195,8 @@ class World:
             if kind == "wipe":
                 node.disk = []
             self._boot(node)
-        elif kind == "pause":
-            node.paused = True
+        elif kind == "pause" and not node.paused:
+            node.paused, node.paused_at = True, self.now
         elif kind == "resume":
             self._resume(node)
         elif kind == "busy":
@@ -232,7 +234,8 @@ class World:
                 self._push(self.now + self.network.delay(node.id, peer.id), "reset", peer.id, node.id, None)
 
     def _resume(self, node: Node) -> None:
-        node.paused = False
+        if node.paused:
+            node.paused, node.woke_at, node.slept_s = False, self.now, self.now - node.paused_at
         self._go_on(node)
 
     def _go_on(self, node: Node) -> None:
