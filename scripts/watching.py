@@ -8,6 +8,7 @@ import json
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from scripts.local_mesh import LocalMesh, LocalNode
@@ -17,6 +18,17 @@ EVERY_S = 0.005
 
 
 Said = dict[str, Any]
+
+
+def waited_s(node: LocalNode) -> float:
+    """Seconds in which the node's loop was ready to run and got no processor, since it started (Linux; else 0).
+
+    What a busy machine does to a figure: a node that could not run for half a second could not answer either.
+    """
+    try:
+        return int(Path(f"/proc/{node.pid}/schedstat").read_text().split()[1]) / 1e9
+    except (OSError, IndexError, ValueError):
+        return 0.0
 
 
 def digest(status: dict[str, Any]) -> Said:
