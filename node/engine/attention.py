@@ -44,6 +44,11 @@ def running(batch: Batch) -> Iterator[None]:
         del _running.batch
 
 
+def current() -> Batch:
+    """The batch that this thread's attention works on."""
+    return _running.batch
+
+
 def _mask_rule(*_args: Any, mask_function: Callable[..., Any], **_kwargs: Any) -> MaskRule:
     return MaskRule(mask_function)
 
@@ -65,9 +70,9 @@ def _attention(
     for name in ("position_bias", "indices", "cu_seq_lens_q"):
         if options.get(name) is not None:
             raise NotPacked(f"its attention takes {name}")
-    batch: Batch = _running.batch
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    return batch.attend(module.layer_idx, query, key, value, attention_mask, scale, softcap, s_aux), None
+    rows = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    return current().attend(module.layer_idx, *rows, attention_mask, scale, softcap, s_aux)[None], None
 
 
 def register() -> None:

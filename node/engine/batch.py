@@ -89,10 +89,11 @@ class Batch:
         positions += positions[-1:] * (self.padded_count - self.count)
         self.positions = torch.tensor(positions, device=device)
         self._device = device
-        self._masks: dict[tuple[int, int], Mask] = {}
+        self._masks: dict[tuple[int, int, int], Mask] = {}
         self._rules: list[MaskRule | None] = []
         self._buffers: dict[tuple[int, tuple[int, ...]], torch.Tensor] = {}
         self._columns: dict[int, torch.Tensor] = {}
+        self._turning: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
         self._singles = [r for r in rows if r.n == 1]
         self._runs = list(self._make_runs())
         self._tiles = list(self._make_tiles(rows))
@@ -163,58 +164,77 @@ class Batch:
         value: torch.Tensor,
         rule: MaskRule | None,
         scale: float,
-        softcap: float | None,
-        sinks: torch.Tensor | None,
+        softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Write the rows' keys and values, read what they may see.  [1, H, T, D] each -> [1, T, Hq, Dv]."""
+        """Write the rows' keys and values, read what they may see.  [T, H, D] each -> [T, Hq, Dv]."""
         self._write(layer, key, value)
-        heads, total = query.shape[1], query.shape[2]
         product = _plain if softcap is None and sinks is None else _special
         options = (scale, softcap, sinks)
+        pieces = [*self._runs, *self._tiles]
+        if len(pieces) == 1 and pieces[0].last - pieces[0].first == query.shape[0]:
+            return self._attend_piece(0, pieces[0], layer, query, rule, product, options)
         # Rows that only fill up the batch stay zero: NaN would confuse a router.
-        make = query.new_empty if total == self.count else query.new_zeros
-        out = make(total, heads, value.shape[-1])
-        if self._runs:
-            rows = query[0].transpose(0, 1)
-            for number, run in enumerate(self._runs):
-                mask = self._run_mask(rule, number, run, query)
-                self._attend_run(run, layer, rows, out, mask, product, options)
-        for number, tile in enumerate(self._tiles, len(self._runs)):
-            mask = self._tile_mask(rule, number, tile, query)
-            self._attend_tile(tile, layer, query, out, mask, product, options)
-        return out[None]
+        make = query.new_empty if query.shape[0] == self.count else query.new_zeros
+        out = make(*query.shape[:2], value.shape[-1])
+        for number, piece in enumerate(pieces):
+            out[piece.first : piece.last] = self._attend_piece(number, piece, layer, query, rule, product, options)
+        return out
+
+    def turning(self, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[1, T, D] each, the same for all layers -> [T, 1, D] each, to turn pairs of halves by.
+
+        x * cos + rotate_half(x) * sin = x * cos + roll(x, D / 2) * (sin with its first half negated).
+        """
+        if self._turning is None or self._turning[0] is not cos:
+            signed = sin[0].clone()
+            signed[:, : sin.shape[-1] // 2].neg_()
+            self._turning = (cos, cos[0, :, None], signed[:, None])
+        return self._turning[1:]
 
     def _write(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
-        self.seen[layer] = (tuple(key.shape), tuple(value.shape))
+        self.seen[layer] = (tuple(key.shape[1:]), tuple(value.shape[1:]))
         for write in self._writes:
             for target, source in zip(write.extent.layer(layer, key, value), (key, value), strict=True):
                 for slot, low, high in write.clear:
                     target[slot, low:high] = 0
-                heads, size = target.shape[2:]
-                rows = source.transpose(1, 2).reshape(-1, heads * size)
+                rows = source.flatten(1)
                 if write.rows is not None:
                     rows = rows[write.rows]
                 elif rows.shape[0] != self.count:
                     rows = rows[: self.count]
-                target.view(-1, heads * size).index_copy_(0, write.index, rows)
+                target.view(-1, rows.shape[1]).index_copy_(0, write.index, rows)
+
+    def _attend_piece(
+        self,
+        number: int,
+        piece: Run | Tile,
+        layer: int,
+        query: torch.Tensor,
+        rule: MaskRule | None,
+        product: Callable[..., torch.Tensor],
+        options: tuple[Any, ...],
+    ) -> torch.Tensor:
+        """[last - first, Hq, Dv]."""
+        rows = query if piece.last - piece.first == query.shape[0] else query[piece.first : piece.last]
+        if isinstance(piece, Run):
+            return self._attend_run(number, piece, layer, rows, rule, product, options)
+        return self._attend_tile(number, piece, layer, rows, rule, product, options)
 
     def _attend_run(
         self,
+        number: int,
         run: Run,
         layer: int,
         rows: torch.Tensor,
-        out: torch.Tensor,
-        mask: Mask,
+        rule: MaskRule | None,
         product: Callable[..., torch.Tensor],
         options: tuple[Any, ...],
-    ) -> None:
-        keys, values = run.extent.tensors(layer)
-        keys = keys[run.low : run.high, : run.keys].transpose(1, 2)
-        values = values[run.low : run.high, : run.keys].transpose(1, 2)
+    ) -> torch.Tensor:
+        keys, values = (t[run.low : run.high, : run.keys].transpose(1, 2) for t in run.extent.tensors(layer))
         slots, key_heads, _, size = keys.shape
-        heads = rows.shape[1]
-        group = heads // key_heads
-        query = rows[run.first : run.last].reshape(-1, key_heads, group, size)
+        group = rows.shape[1] // key_heads
+        query = rows.reshape(-1, key_heads, group, size)
         if run.where is not None or group % 4:
             wide = self._wide(run, key_heads, group, query)
             if run.where is None:
@@ -222,9 +242,10 @@ class Batch:
             else:
                 wide[run.where, :, :group] = query
             query = wide
+        mask = self._run_mask(rule, number, run, query)
         found = product(query, keys, values, mask, *options)
-        found = (found if group % 4 == 0 else found[:, :, :group]).reshape(slots, heads, -1)
-        out[run.first : run.last] = found if run.where is None else found[run.where]
+        found = (found if group % 4 == 0 else found[:, :, :group]).reshape(slots, rows.shape[1], -1)
+        return found if run.where is None else found[run.where]
 
     def _wide(self, run: Run, key_heads: int, group: int, like: torch.Tensor) -> torch.Tensor:
         """Queries of a run in whole fours, a row a slot; what no query is written to stays zero through all layers."""
@@ -236,39 +257,40 @@ class Batch:
 
     def _attend_tile(
         self,
+        number: int,
         tile: Tile,
         layer: int,
-        query: torch.Tensor,
-        out: torch.Tensor,
-        mask: Mask,
+        rows: torch.Tensor,
+        rule: MaskRule | None,
         product: Callable[..., torch.Tensor],
         options: tuple[Any, ...],
-    ) -> None:
+    ) -> torch.Tensor:
         keys, values = (t[tile.slot : tile.slot + 1, : tile.keys].transpose(1, 2) for t in tile.extent.tensors(layer))
-        n = tile.last - tile.first
-        rows = query[:, :, tile.first : tile.last]
+        query, n = rows.transpose(0, 1)[None], rows.shape[0]
         if n % 4:
-            rows = F.pad(rows, (0, 0, 0, -n % 4))
-        out[tile.first : tile.last] = product(rows, keys, values, mask, *options)[0, :, :n].transpose(0, 1)
+            query = F.pad(query, (0, 0, 0, -n % 4))
+        mask = self._tile_mask(rule, number, tile, query)
+        return product(query, keys, values, mask, *options)[0, :, :n].transpose(0, 1)
 
     # -- masks: additive, made once for each rule and piece ------------------------------------------------------------
 
     def _run_mask(self, rule: MaskRule | None, piece: int, run: Run, query: torch.Tensor) -> Mask:
-        """[slots, 1, 1, keys]: the same for all heads of a slot."""
-        found = self._masks.get((id(rule), piece))
+        """[slots, 1, heads of a group, keys]: the same for all heads of a slot."""
+        count = query.shape[2]
+        found = self._masks.get((id(rule), piece, count))
         if found is None:
-            found = self._make_mask(rule, run.positions[:, None], run.keys, query)[:, None, None]
-            self._masks[id(rule), piece] = found
+            one = self._make_mask(rule, run.positions[:, None], run.keys, query)[:, None, None]
+            found = self._masks[id(rule), piece, count] = one.expand(-1, -1, count, -1)
         return found
 
     def _tile_mask(self, rule: MaskRule | None, piece: int, tile: Tile, query: torch.Tensor) -> Mask:
         """[1, 1, queries in whole fours, keys]."""
-        found = self._masks.get((id(rule), piece))
+        n = query.shape[2]
+        found = self._masks.get((id(rule), piece, n))
         if found is None:
-            n = -(-(tile.last - tile.first) // 4) * 4
             positions = torch.arange(tile.start, tile.start + n, device=self._device)
             found = self._make_mask(rule, positions[:, None], tile.keys, query)[None, None]
-            self._masks[id(rule), piece] = found
+            self._masks[id(rule), piece, n] = found
         return found
 
     def _make_mask(self, rule: MaskRule | None, positions: torch.Tensor, keys: int, query: torch.Tensor) -> Mask:
@@ -286,8 +308,6 @@ def _plain(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: Mask, scale: float, *_: Any
 ) -> torch.Tensor:
     shared = query.shape[1] != keys.shape[1]
-    if query.shape[2] != mask.shape[2]:
-        mask = mask.expand(-1, -1, query.shape[2], -1)
     return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scale, enable_gqa=shared)
 
 

@@ -7,13 +7,14 @@ continues a stream with the tokens of an undisturbed run, bit for bit.
 from __future__ import annotations
 
 import hashlib
+import math
 import platform
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 
-from node.engine import kernels
+from node.engine import products
 from node.engine.batch import Batch, Rows, packed_order
 from node.engine.kv_cache import KvCache
 from node.engine.shard import Shard
@@ -21,7 +22,7 @@ from node.engine.shard import Shard
 LENGTHS = (134, 37, 9, 6)
 """Positions of the test's sequences: past a page, past a tile's four, and a few."""
 RULES = (1, 4)
-"""Forwards are filled up to a multiple of these many rows; the cheapest first."""
+"""Forwards are filled up to a multiple of these many rows (and of what packed products ask for); the cheapest first."""
 Step = Sequence[tuple[int, int]]
 """(sequence, rows) pairs that go together."""
 Outputs = list[list[torch.Tensor]]
@@ -33,8 +34,8 @@ def make_exact(shard: Shard, start: int, end: int, threads: int) -> bool:
     Rows as they come are enough where all products are packed; others need whole fours.
     """
     before = shard.multiple
-    for multiple in RULES:
-        shard.multiple = multiple
+    for rule in RULES:
+        shard.multiple = math.lcm(shard.least_multiple, rule)
         if all(_layer_is_exact(shard, layer, threads) for layer in _one_of_each_kind(shard, start, end)):
             return True
     shard.multiple = before
@@ -126,8 +127,10 @@ def _bits(dtype: torch.dtype) -> str:
     for size, out in ((64, 192), (768, 2048), (2048, 768)):
         x, weight = fixed(8, size), fixed(out, size)
         found = [F.linear(x, weight)]
-        if kernels.can_pack(dtype, torch.device("cpu")):
-            found.append(kernels.PackedLinear(weight, None)(x))
+        if products.can_pack(dtype, torch.device("cpu")):
+            found.append(products.Float(weight)(x, None))
+        if products.can_halve(dtype, torch.device("cpu")):
+            found.append(products.Half(weight)(x, None))
         found += [F.silu(found[0]), found[0].float().softmax(-1), found[0].float().pow(2).mean(-1).rsqrt()]
         for tensor in found:
             digest.update(tensor.float().numpy().tobytes())

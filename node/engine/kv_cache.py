@@ -37,7 +37,7 @@ class Extent:
             self._resize(self.slots.span)
 
     def layer(self, index: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The tensors of layer ``index``, made in the shape of its first ``key`` and ``value`` [1, H, T, D]."""
+        """The tensors of layer ``index``, made for heads like those of ``key`` and ``value`` [T, H, D]."""
         keys = self._keys.get(index)
         if keys is None:
             keys = self._keys[index] = self._empty(key)
@@ -53,7 +53,7 @@ class Extent:
         return sum(t.nbytes for group in (self._keys, self._values) for t in group.values())
 
     def _empty(self, like: torch.Tensor) -> torch.Tensor:
-        return like.new_empty(self._room, self.width, like.shape[1], like.shape[3])
+        return like.new_empty(self._room, self.width, *like.shape[1:])
 
     def _resize(self, room: int) -> None:
         kept = min(self._room, room)

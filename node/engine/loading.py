@@ -9,7 +9,7 @@ import msgspec
 import torch
 
 from mesh.errors import ConfigError
-from node.engine import attention, exact, kernels
+from node.engine import attention, exact, experts, products
 from node.engine.selfcheck import Mode, check
 from node.engine.shard import Shard
 from node.engine.span import ONE_AT_A_TIME, Part, load_part, read_config
@@ -36,11 +36,11 @@ def prepare(folder: Path, part: Part, dtype: str, exactness: str, threads: int) 
 def _prepare(folder: Path, part: Part, dtype: str, exactness: str, threads: int) -> Prepared:
     torch.set_num_threads(threads)
     attention.register()
-    kernels.register()
+    experts.register()
     config = read_config(folder)
     served = getattr(torch, dtype)
     size = config.get_text_config(decoder=True).hidden_size
-    packing = kernels.can_pack(served, torch.device("cpu")) and size >= kernels.LEAST_HIDDEN
+    packing = products.can_pack(served, torch.device("cpu")) and size >= products.LEAST_HIDDEN
     shard = Shard(load_part(folder, config, part, served), part, packing)
     runs = _runs(part.layers)
     checks = [check(shard, start, end) for start, end in runs]

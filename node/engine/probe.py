@@ -43,25 +43,19 @@ def probe(threads: int, dtype: str, device: str = "cpu") -> Speed:
     """Measure; takes under half a second, imports of torch not counted.  Not for the event loop's thread."""
     import torch
 
-    from node.engine import kernels
+    from node.engine import products
 
     torch.set_num_threads(threads)
     kind = getattr(torch, dtype)
     size, rows = 2048, 128
     # Together past most last-level caches, so that few rows are bound by memory.
     weights = [torch.ones(size, size, dtype=kind, device=device) for _ in range(4)]
-    can_pack = kernels.can_pack(kind, torch.device(device))
-    layers = itertools.cycle([kernels.PackedLinear(w, None) if can_pack else _linear(w) for w in weights])
+    form = products.Float if products.can_pack(kind, torch.device(device)) else products.Plain
+    layers = itertools.cycle([form(weight) for weight in weights])
     many, few = torch.ones(rows, size, dtype=kind, device=device), torch.ones(1, size, dtype=kind, device=device)
     with torch.inference_mode():
-        slow, fast = _seconds(lambda: next(layers)(many)), _seconds(lambda: next(layers)(few))
+        slow, fast = _seconds(lambda: next(layers)(many, None)), _seconds(lambda: next(layers)(few, None))
     return Speed(2.0 * rows * size * size / slow, size * size * kind.itemsize / fast)
-
-
-def _linear(weight: object) -> Callable[[object], object]:
-    import torch.nn.functional as F
-
-    return lambda rows: F.linear(rows, weight)  # type: ignore[arg-type]
 
 
 def _seconds(run: Callable[[], object]) -> float:

@@ -8,13 +8,15 @@ span serves sessions over different parts of it, and layers can come and go betw
 from __future__ import annotations
 
 import inspect
+import math
 from typing import Any
 
 import torch
 from torch import nn
 
-from node.engine import attention, kernels
+from node.engine import attention, experts, products
 from node.engine.batch import Batch
+from node.engine.lean import LeanLayer, lean_form
 from node.engine.span import Absent, Layout, Part, Skipped, copy_scalars, replace_module
 
 
@@ -27,6 +29,8 @@ class _Flow:
         self.out: torch.Tensor | None = None
         self.tuples = False
         """Layers return tuples; learned at load."""
+        self.packed = False
+        """This forward is a packed one: layers with a lean form use it."""
 
 
 class Slot(nn.Module):
@@ -36,6 +40,7 @@ class Slot(nn.Module):
         super().__init__()
         copy_scalars(layer, self)
         self.index, self.layer = index, layer
+        self.lean: LeanLayer | None = None
         self.flow = flow
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -48,7 +53,11 @@ class Slot(nn.Module):
                 args = (flow.given, *args[1:])
             else:
                 kwargs["hidden_states"] = flow.given
-        out = self.layer(*args, **kwargs)
+        if self.lean is not None and flow.packed:
+            out = self.lean(*args, **kwargs)
+            out = (out, None) if flow.tuples else out
+        else:
+            out = self.layer(*args, **kwargs)
         if isinstance(out, tuple) != flow.tuples:
             raise LayersReturnTuples(isinstance(out, tuple))
         if self.index == flow.end - 1:
@@ -92,9 +101,10 @@ class Shard:
         layers = self._layers
         for index in range(len(layers)):
             layers[index] = Slot(index, layers[index], self._flow)
-        if packing:
-            self._pack(part)
+        self._pack(part)
         _leave_files(model)
+        for index in part.layers:
+            layers[index].lean = lean_form(layers[index].layer)
 
     @property
     def _layers(self) -> nn.ModuleList:
@@ -102,13 +112,24 @@ class Shard:
 
     @property
     def weight_bytes(self) -> int:
-        return kernels.weight_bytes(self.model)
+        held = {id(p): p.nbytes for p in self.model.parameters() if p.device.type != "meta"}
+        packed = sum(joined.product.nbytes for joined in products.joined_below(self.model))
+        return sum(held.values()) + packed + experts.packed_bytes(self.model)
+
+    @property
+    def least_multiple(self) -> int:
+        """Of how many rows forwards must be for the sake of the packed products."""
+        return products.rows_below(self.model)
 
     def _pack(self, part: Part) -> None:
         for index in part.layers:
-            kernels.pack_module(self._layers[index])
+            if self.packing:
+                experts.pack_experts(self._layers[index])
+            products.pack_module(self._layers[index], self.packing)
+        if not self.packing or not part.head:
+            return
         head = self.model.get_submodule(self.layout.head)
-        if part.head and (packed := kernels.pack_linear(head)) is not None:
+        if (packed := products.pack_linear(head)) is not None:
             replace_module(self.model, self.layout.head, packed)
             if not self.part.embed:  # a tied embedding was loaded for the head's sake only
                 replace_module(self.model, self.layout.embed, Absent())
@@ -118,32 +139,37 @@ class Shard:
     def adopt(self, other: Shard) -> None:
         """Take over what ``other``, a shard of the same model, holds.  ``other`` is of no use afterwards."""
         for index in other.part.layers:
-            self._layers[index].layer = other._layers[index].layer
+            self._layers[index].layer, self._layers[index].lean = other._layers[index].layer, other._layers[index].lean
         for held, name in ((other.part.embed, self.layout.embed), (other.part.head, self.layout.head)):
             if held:
                 replace_module(self.model, name, other.model.get_submodule(name))
         layers = tuple(sorted({*self.part.layers, *other.part.layers}))
         self.part = Part(layers, self.part.embed or other.part.embed, self.part.head or other.part.head)
-        self.multiple = max(self.multiple, other.multiple)
+        self.multiple = math.lcm(self.multiple, other.multiple)
 
     def keep(self, part: Part) -> None:
         """Give up what is not in ``part``."""
         gone = self.part.minus(part)
         for index in gone.layers:
             slot = self._layers[index]
-            slot.layer = Skipped(slot.layer)
+            slot.layer, slot.lean = Skipped(slot.layer), None
         if gone.embed:
             replace_module(self.model, self.layout.embed, Absent())
         if gone.head:
             replace_module(self.model, self.layout.head, Absent())
         self.part = self.part.minus(gone)
 
+    def give_up_lean(self) -> None:
+        """Run every layer as the model wrote it."""
+        for slot in self._layers:
+            slot.lean = None
+
     # -- forward -------------------------------------------------------------------------------------------------------
 
     def use(self, attention_name: str) -> None:
         """Which attention the layers call: the packed one or one of transformers' own."""
         self.config._attn_implementation = attention_name
-        self.config._experts_implementation = kernels.EXPERTS
+        self.config._experts_implementation = experts.EXPERTS
 
     @torch.inference_mode()
     def packed(
@@ -165,8 +191,12 @@ class Shard:
             "attention_mask": torch.ones(1, batch.padded_count, dtype=torch.bool, device=self.device),
             "use_cache": False,
         }
-        with attention.running(batch):
-            hidden, logits = self.run(start, end, given[None], options, rows)
+        self._flow.packed = True
+        try:
+            with attention.running(batch):
+                hidden, logits = self.run(start, end, given[None], options, rows)
+        finally:
+            self._flow.packed = False
         return hidden[0, : batch.count], None if logits is None else logits[:wanted]
 
     def run(

@@ -19,6 +19,8 @@ PARAMS = SamplingParams(temperature=0.0, max_tokens=TOKENS, logprobs=3)
 """Log-probabilities as floats stand for the logits' bits."""
 WIDE = {"hidden_size": 448, "intermediate_size": 512, "head_dim": 64, "num_attention_heads": 7}
 """Wide enough that products are packed."""
+FORMS: dict[str, dict[str, object]] = {"wide": {}, "wide, in half": {"dtype": "bfloat16"}}
+"""Packed in float32 and, where the weights allow it and the machine can, in half precision."""
 
 Trace = list[tuple[int, float, tuple[tuple[int, float], ...]]]
 
@@ -37,11 +39,11 @@ async def _run(chain: Chain, prompts: Sequence[Sequence[int]]) -> list[Trace]:
     return [[(s.token, s.logprob, s.top) for s in row] for row in sampled]
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "wide"])
+@pytest.mark.parametrize("kind", [*KINDS, *FORMS])
 async def test_bits_do_not_depend_on_batch_chunks_or_stages(
     kind: str, tiny: Callable[..., Path], prompts: list[list[int]]
 ) -> None:
-    folder = tiny("llama", 4, num_key_value_heads=1, **WIDE) if kind == "wide" else tiny(kind)
+    folder = tiny("llama", 4, num_key_value_heads=1, **WIDE, **FORMS[kind]) if kind in FORMS else tiny(kind)
     long = [*prompts, prompts[1] + prompts[3] + prompts[0]]  # past one page of keys
     whole = await _loaded(folder, (0, 4))
     batch = await _run(whole, long)
@@ -52,9 +54,9 @@ async def test_bits_do_not_depend_on_batch_chunks_or_stages(
     await parts.stop()
 
 
-@pytest.mark.parametrize("kind", ["llama", "wide"])
+@pytest.mark.parametrize("kind", ["llama", *FORMS])
 async def test_bits_do_not_depend_on_threads(kind: str, tiny: Callable[..., Path], prompts: list[list[int]]) -> None:
-    folder = tiny("llama", 4, num_key_value_heads=1, **WIDE) if kind == "wide" else tiny(kind)
+    folder = tiny("llama", 4, num_key_value_heads=1, **WIDE, **FORMS[kind]) if kind in FORMS else tiny(kind)
     found = []
     for threads in (1, 2):
         chain = await _loaded(folder, (0, 4), threads=threads)

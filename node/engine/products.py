@@ -1,0 +1,201 @@
+"""Matrix products with weights laid out once: few rows are fast, and a row's bits do not depend on its company.
+
+Three forms of a weight, chosen by what it holds and by this machine (measured on AVX2: docs/decisions/0010, 0012):
+
+* ``Half``: FBGEMM's, 16-bit numbers multiplied and summed in float32.  For weights that half precision holds, which
+  those of a bfloat16 or float16 checkpoint are.  Half the memory traffic; rows have the same bits in whole threes.
+* ``Float``: oneDNN's, for all others.  Rows have the same bits in any number.
+* ``Plain``: MKL's, for small models, where a call of the others costs more than the product.
+
+Layers that are given the same input (queries, keys and values; gate and up) are one product.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+LEAST_HIDDEN = 384
+"""Below this hidden size the call of a packed product costs more than it saves."""
+ROWS_HINT = 64
+"""Rows for which oneDNN chooses the packed form; all counts run on it."""
+SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Children of one module that are given the same input.  Were they not, the result would still be right."""
+
+
+def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether packed products exist for ``dtype`` on ``device``."""
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def can_halve(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether float32 products over weights in half precision exist here."""
+    return dtype == torch.float32 and device.type == "cpu" and "fbgemm" in torch.backends.quantized.supported_engines
+
+
+class Plain:
+    """Any weight [out, in] as it is."""
+
+    rows = 1
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self._weight = weight
+        self.nbytes = weight.nbytes
+
+    def __call__(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return F.linear(x, self._weight, bias)
+
+    def dense(self) -> torch.Tensor:
+        return self._weight
+
+
+class Float:
+    """A weight [out, in] of float32 or bfloat16 in oneDNN's own form."""
+
+    rows = 1
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), ROWS_HINT)
+        self.nbytes = weight.nbytes
+
+    def __call__(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return torch.ops.mkldnn._linear_pointwise.default(x, self._packed, bias, "none", [], "")
+
+    def dense(self) -> torch.Tensor:
+        return self._packed.to_dense()
+
+
+class Half:
+    """A float32 weight [out, in] held in half precision; float32 in, float32 sums, float32 out."""
+
+    rows = 3
+    """Its kernels take one and two rows another way, and three to six the same: whole threes never leave one or two."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self._packed = torch.ops.quantized.linear_prepack_fp16(weight.contiguous(), None)
+        self.nbytes = weight.numel() * 2
+
+    @staticmethod
+    def holds(weight: torch.Tensor) -> bool:
+        """The weight loses less than float32's own rounding of it would cost: 2^-24 of its norm."""
+        lost = weight.half().float().sub_(weight).norm()
+        return bool(lost <= weight.norm() * 2.0**-24)
+
+    def __call__(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        found = torch.ops.quantized.linear_dynamic_fp16.default(x, self._packed)
+        return found if bias is None else found.add_(bias)
+
+    def dense(self) -> torch.Tensor:
+        return torch.ops.quantized.linear_unpack_fp16(self._packed)[0].float()
+
+
+Product = Plain | Float | Half
+
+
+def product_of(weight: torch.Tensor, packing: bool) -> Product:
+    """``weight`` [out, in] in the best form there is; the same on all machines of one hardware class."""
+    if not packing:
+        return Plain(weight)
+    if can_halve(weight.dtype, weight.device) and Half.holds(weight):
+        return Half(weight)
+    return Float(weight)
+
+
+class Joined:
+    """One product for ``n`` layers side by side.  They are called one by one: the first computes for all."""
+
+    def __init__(self, layers: Sequence[tuple[torch.Tensor, torch.Tensor | None]], packing: bool) -> None:
+        self.sizes = [weight.shape[0] for weight, _ in layers]
+        self.product = product_of(torch.cat([weight for weight, _ in layers]), packing)
+        biases = [bias for _, bias in layers if bias is not None]
+        assert len(biases) in (0, len(layers))
+        self.bias = torch.cat(biases) if biases else None
+        self._x: torch.Tensor | None = None
+        self._parts: list[torch.Tensor | None] = []
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., in] -> [..., all outs]."""
+        return self.product(x, self.bias)
+
+    def part(self, index: int, x: torch.Tensor) -> torch.Tensor:
+        """The output of layer ``index``; kept for no longer than until each layer has taken its own."""
+        if self._x is not x or self._parts[index] is None:
+            self._x, self._parts = x, list(self(x).split(self.sizes, -1))
+        found, self._parts[index] = self._parts[index], None
+        if not any(part is not None for part in self._parts):
+            self._x = None
+        assert found is not None
+        return found
+
+
+class PackedLinear(nn.Module):
+    """``nn.Linear`` over a weight laid out once, perhaps joined with its siblings'.  [..., in] -> [..., out]."""
+
+    def __init__(self, joined: Joined, index: int = 0) -> None:
+        super().__init__()
+        self.joined, self.index = joined, index
+        self.alone = len(joined.sizes) == 1
+        self.out_features = joined.sizes[index]
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The plain weight, made on every call: for models that look at it now and then."""
+        return self.joined.product.dense().split(self.joined.sizes)[self.index]
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        return None if self.joined.bias is None else self.joined.bias.split(self.joined.sizes)[self.index]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.joined(x) if self.alone else self.joined.part(self.index, x)
+
+
+def pack_module(module: nn.Module, packing: bool) -> None:
+    """Join siblings below ``module`` and, with ``packing``, lay out every linear layer, one at a time."""
+    for parent in list(module.modules()):
+        for names in SIBLINGS:
+            children = [getattr(parent, name, None) for name in names]
+            if all(type(child) is nn.Linear for child in children) and _alike(children):
+                joined = Joined([_taken(child) for child in children], packing)
+                for index, name in enumerate(names):
+                    setattr(parent, name, PackedLinear(joined, index))
+        if packing:
+            for name, child in list(parent.named_children()):
+                if (packed := pack_linear(child)) is not None:
+                    setattr(parent, name, packed)
+
+
+def _alike(linears: Sequence[Any]) -> bool:
+    return len({(linear.in_features, linear.bias is None) for linear in linears}) == 1
+
+
+def pack_linear(child: nn.Module) -> PackedLinear | None:
+    """The packed form of ``nn.Linear`` or of GPT-2's transposed ``Conv1D``; ``None`` for anything else."""
+    if type(child) is nn.Linear:
+        return PackedLinear(Joined([_taken(child)], packing=True))
+    if type(child).__name__ == "Conv1D" and hasattr(child, "nf"):
+        weight, bias = _taken(child)
+        return PackedLinear(Joined([(weight.t(), bias)], packing=True))
+    return None
+
+
+def _taken(linear: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    return linear.weight.detach(), None if linear.bias is None else linear.bias.detach()
+
+
+def joined_below(module: nn.Module) -> list[Joined]:
+    """Every product below ``module``, once."""
+    found = {id(m.joined): m.joined for m in module.modules() if isinstance(m, PackedLinear)}
+    return list(found.values())
+
+
+def rows_below(module: nn.Module) -> int:
+    """Forwards whose rows are a multiple of this many give the products below ``module`` bits that do not differ."""
+    return math.lcm(*(joined.product.rows for joined in joined_below(module)))

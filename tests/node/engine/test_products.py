@@ -1,0 +1,105 @@
+"""Products with weights laid out once: the same results, and for a row the same bits in any company."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from node.engine.products import Float, Half, Joined, PackedLinear, Plain, can_halve, pack_module, product_of
+
+CPU = torch.device("cpu")
+needs_half = pytest.mark.skipif(not can_halve(torch.float32, CPU), reason="no FBGEMM on this machine")
+
+
+def _weight(out: int, size: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(out + size)
+    return (torch.randn(out, size, generator=generator) * 0.02).to(dtype).float()
+
+
+def _rows(n: int, size: int) -> torch.Tensor:
+    return torch.randn(n, size, generator=torch.Generator().manual_seed(n))
+
+
+@needs_half
+@pytest.mark.parametrize(
+    ("weight", "held"),
+    [
+        (_weight(96, 448), True),
+        (_weight(96, 448, torch.float16), True),
+        (_weight(96, 448, torch.float32), False),
+        (_weight(96, 448) * 2.0**25, False),  # past half precision's range
+        (_weight(96, 448) * 2.0**-16, False),  # below its least steps
+        (torch.full((96, 448), float("nan")), False),
+    ],
+    ids=["bfloat16", "float16", "float32", "large", "tiny", "nan"],
+)
+def test_half_precision_is_taken_where_it_loses_nothing(weight: torch.Tensor, held: bool) -> None:
+    assert isinstance(product_of(weight, packing=True), Half if held else Float)
+    assert isinstance(product_of(weight, packing=False), Plain)
+
+
+@needs_half
+def test_a_held_weight_comes_back() -> None:
+    weight = _weight(100, 448, torch.float16)
+    assert torch.equal(Half(weight).dense(), weight)
+    assert Half(weight).nbytes == 100 * 448 * 2
+
+
+@pytest.mark.parametrize("form", [pytest.param(Half, marks=needs_half), Float, Plain])
+def test_products_equal_a_plain_linear_layer(form: type[Half | Float | Plain]) -> None:
+    weight, bias, x = _weight(200, 448), torch.linspace(-1, 1, 200), _rows(7, 448)
+    torch.testing.assert_close(form(weight)(x, bias), F.linear(x, weight, bias), rtol=1e-5, atol=1e-5)
+    assert form(weight)(x[None], None).shape == (1, 7, 200)
+
+
+@pytest.mark.parametrize("form", [pytest.param(Half, marks=needs_half), Float])
+def test_a_row_has_the_same_bits_in_any_company(form: type[Half | Float]) -> None:
+    """For every number of rows that the form promises it for."""
+    product, x = form(_weight(200, 448)), _rows(600, 448)
+    whole = product(x, None)
+    for n in range(form.rows, 600, form.rows):
+        assert torch.equal(product(x[:n], None), whole[:n]), n
+        assert torch.equal(product(x[600 - n :], None), whole[600 - n :]), n
+
+
+class _Mlp(nn.Module):
+    def __init__(self, bias: bool = False) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj = nn.Linear(64, 96, bias=bias), nn.Linear(64, 80, bias=bias)
+        self.down_proj = nn.Linear(80, 64)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_siblings_are_one_product_and_answer_for_themselves(packing: bool, bias: bool) -> None:
+    mlp, x = _Mlp(bias).requires_grad_(False), _rows(5, 64)
+    expected = mlp.gate_proj(x), mlp.up_proj(x)
+    weights = [mlp.gate_proj.weight.clone(), mlp.up_proj.weight.clone()]
+    pack_module(mlp, packing)
+    gate, up = mlp.get_submodule("gate_proj"), mlp.get_submodule("up_proj")
+    assert isinstance(gate, PackedLinear)
+    assert isinstance(up, PackedLinear)
+    assert gate.joined is up.joined
+    assert isinstance(mlp.down_proj, PackedLinear) is packing
+    torch.testing.assert_close((gate(x), up(x)), expected)
+    assert torch.equal(gate.weight, weights[0])
+    assert torch.equal(up.weight, weights[1])
+    assert gate.joined._x is None  # both took theirs: nothing is kept
+
+
+def test_siblings_that_are_given_different_inputs_are_right_all_the_same() -> None:
+    layers = [(_weight(8, 64), None), (_weight(4, 64), None)]
+    joined, x, y = Joined(layers, packing=False), _rows(3, 64), _rows(2, 64)
+    torch.testing.assert_close(joined.part(0, x), F.linear(x, layers[0][0]))
+    torch.testing.assert_close(joined.part(1, y), F.linear(y, layers[1][0]))
+    torch.testing.assert_close(joined.part(0, x), F.linear(x, layers[0][0]))
+    torch.testing.assert_close(joined.part(0, x), F.linear(x, layers[0][0]))
+
+
+def test_layers_that_differ_in_bias_stay_apart() -> None:
+    mlp = _Mlp().requires_grad_(False)
+    mlp.up_proj = nn.Linear(64, 80).requires_grad_(False)
+    pack_module(mlp, packing=False)
+    assert type(mlp.gate_proj) is nn.Linear
