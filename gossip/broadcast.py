@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, Generic, TypeVar
 
 from mesh.types import NodeId
@@ -46,15 +46,15 @@ class BroadcastQueue(Generic[T]):
         if tier is not None:
             del self._tiers[tier][subject]
 
-    def take(self, room: int, times: int, most: int = 64, skip: NodeId | None = None, count: bool = True) -> list[T]:
-        """Items that fit into ``room`` bytes, but for that of ``skip``; with ``count`` each is now sent once more, and
+    def take(self, room: int, times: int, most: int = 64, skip: Collection[NodeId] = (), count: bool = True) -> list[T]:
+        """Items that fit into ``room`` bytes, but for those of ``skip``; with ``count`` each is now sent once more, and
         gone after ``times``."""
         taken: list[tuple[NodeId, tuple[T, int]]] = []
         looks = LOOKS_BEYOND
         for subject, entry in self._in_order():
             if entry[1] > room:
                 looks -= 1
-            elif subject != skip:
+            elif subject not in skip:
                 taken.append((subject, entry))
                 room -= entry[1]
             if room < 16 or len(taken) >= most or not looks:

@@ -29,6 +29,8 @@ class Probe(msgspec.Struct):
     sent: float
     direct_until: float
     end: float
+    incarnation: int
+    """Of the target when it was sent: silence says nothing of a later one."""
     phase: Phase = Phase.DIRECT
     helpers: tuple[NodeId, ...] = ()
     nacks: tuple[NodeId, ...] = ()
@@ -82,12 +84,12 @@ class Probes:
     def probing(self, target: NodeId) -> bool:
         return any(probe.target == target for probe in self._own.values())
 
-    def open(self, target: NodeId, direct_s: float, period_s: float, now: float) -> Probe | None:
+    def open(self, target: NodeId, incarnation: int, direct_s: float, period_s: float, now: float) -> Probe | None:
         """Start an own probe, unless too many run."""
         if len(self._own) >= MAX_PROBES:
             return None
         direct_until = now + min(direct_s, period_s)
-        probe = Probe(self._number(), target, now, direct_until, now + period_s)
+        probe = Probe(self._number(), target, now, direct_until, now + period_s, incarnation)
         self._own[probe.seq] = probe
         return probe
 

@@ -66,7 +66,7 @@ class Prober:
         for probe in self._probes.failed(now):
             # a failed probe whose helpers all lived to say so is the target's fault, not ours
             self.health.add(probe.missed_nacks if probe.helpers else 1)
-            self.roster.accuse(probe.target, now)
+            self.roster.accuse(probe.target, probe.incarnation, now)
         for relay in self._probes.due_nacks(now):
             self._send(relay.prober, Nack(relay.seq))
         if self._round_at <= now:
@@ -86,7 +86,7 @@ class Prober:
         if member is None or not member.present or self._probes.probing(target):
             return
         direct_s = member.rtt.direct_timeout_s(self.config) * (self.health.score(now) + 1)
-        probe = self._probes.open(target, direct_s, self.health.period_s(now), now)
+        probe = self._probes.open(target, member.record.incarnation, direct_s, self.health.period_s(now), now)
         if probe is not None:
             load = self.exchange.profiles.load_row(target)
             self._send(target, Ping(probe.seq, member.version & 0xFFFF, load.version & 0xFFFF if load else 0))

@@ -242,10 +242,11 @@ class Roster:
 
     # -- suspicion
 
-    def accuse(self, node: NodeId, now: float) -> None:
-        """The own probe of ``node`` failed."""
+    def accuse(self, node: NodeId, incarnation: int, now: float) -> None:
+        """The own probe of ``node``, sent while it was at ``incarnation``, failed.  One that has risen since lives: it
+        refuted, or came back."""
         member = self.members.get(node)
-        if member is None or not member.present:
+        if member is None or not member.present or member.record.incarnation != incarnation:
             return
         changed = self._change(member, member.record, State.SUSPECT, (self.identity.node,), now)
         if changed and self.config.subject_first:

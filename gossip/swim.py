@@ -312,11 +312,12 @@ class Swim:
         room = self.config.datagram_bytes - DATAGRAM_CODEC.size(message) - sum(map(DATAGRAM_CODEC.size, first))
         # what goes to a member that may well be dead is not counted: it would use up the times that the living need
         times, count = self.config.retransmissions(self.n), not accused
-        updates = told.take(room, times, most=48, skip=to, count=count)
+        known = (to, *[update.record.node for update in message.updates])
+        updates = told.take(room, times, most=48, skip=known, count=count)
         versions = []
         if versions_told:
             room -= sum(map(DATAGRAM_CODEC.size, updates))
-            versions = versions_told.take(room, times, most=48, skip=to, count=count)
+            versions = versions_told.take(room, times, most=48, skip=(to,), count=count)
         return msgspec.structs.replace(
             message,
             updates=(*message.updates, *first, *updates),
@@ -356,11 +357,15 @@ class Swim:
     # -- the dead, the old, and leaving
 
     def _announce(self, now: float) -> None:
-        """Write to some of the dead: if one lives (a partition healed) it refutes, and tables are compared."""
+        """Write to some of the dead: if one lives (a partition healed) it refutes, and tables are compared.  A seed
+        whose tombstone is forgotten is asked as a stranger: a mesh parted for longer than that finds itself again."""
         self._announce_at = now + self.config.announce_period_s
         dead = self.roster.dead()
         for node in self._rng.sample(dead, min(self.config.announce_targets, len(dead))):
             self._send(node, Gossip())
+        forgotten = [node for node in self._seeds if self._members.get(node) is None]
+        if forgotten:
+            self.comparer.ask(self._rng.choice(forgotten))
 
     def _sweep(self, now: float) -> None:
         self._sweep_at = now + SWEEP_S

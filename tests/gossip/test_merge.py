@@ -335,7 +335,15 @@ def test_what_is_told_to_suspects_is_not_counted_as_spread() -> None:
     lab.core.prober.stop()
     lab.told(suspect("c", by=("b",)))
     gossip = sends(lab.run(2.0), "Gossip")
-    assert sum(to == "b" and message.updates != () for to, message in gossip) == 3
+    assert sum(to == "b" and message.updates != () for to, message in gossip) == 8
+
+
+def test_the_one_who_suspects_is_told_of_the_refutation_once() -> None:
+    """The news is the reply's subject already: it does not ride on it a second time."""
+    lab = Lab("b", "c", "d")
+    (_, reply), *others = sends(lab.told(suspect("me", 10), "b"), "Gossip")
+    assert [update.record.node for update in reply.updates].count("me") == 1
+    assert others == []
 
 
 def test_gossip_to_dead_ends_after_a_while() -> None:

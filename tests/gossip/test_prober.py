@@ -7,7 +7,7 @@ import pytest
 from gossip.config import GossipConfig
 from gossip.messages import Ack, Gossip, Nack, Ping, PingReq, StreamAck, StreamPing, Vitals
 from mesh.types import NodeId
-from tests.gossip.lab import Lab, emitted, sends, suspect
+from tests.gossip.lab import Lab, alive, emitted, sends, suspect
 
 
 def probe_indirectly(lab: Lab, target: str) -> tuple[Ping, list[str]]:
@@ -52,9 +52,8 @@ def test_probe_node_suspect() -> None:
     lab.until_ping("b")
     effects = lab.run(0.6)
     assert lab.state("b") == "suspect"
-    notices = [message for to, message in sends(effects, "Gossip") if to == "b"]
-    assert notices[0].updates[0].record.node == "b"
-    assert notices[0].updates[0].by == ("me",)
+    said = [update for to, message in sends(effects, "Gossip") if to == "b" for update in message.updates]
+    assert [update.by for update in said if update.record.node == "b"][:1] == [("me",)]
 
 
 def test_an_answer_to_another_probe_proves_nothing() -> None:
@@ -360,3 +359,12 @@ def test_one_silent_member_of_many_is_found_alone() -> None:
     effects = answer_all(lab, 30.0, silent="d")
     assert {event.node for event in emitted(effects, "MemberChanged")} == {"d"}
     assert lab.state("d") == "dead"
+
+
+def test_a_probe_of_an_earlier_life_does_not_accuse() -> None:
+    """Its target was down when it was sent, and came back before it failed."""
+    lab = Lab("b", "c", "d", "e")
+    lab.until_ping("b")
+    lab.told(alive("b", 2), "b")
+    lab.run(0.6)
+    assert lab.state("b") == "alive"

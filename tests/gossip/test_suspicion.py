@@ -66,3 +66,10 @@ def test_accusers_are_a_bounded_union() -> None:
     assert unite(held, ("b",)) is held
     assert unite(held, ("c", "d", "e", "f")) == ("a", "b", "c", "d")
     assert GossipConfig().confirmations < MAX_ACCUSERS
+
+
+def test_timer_immediate() -> None:
+    """A confirmation can come so late that the verdict is due at once (memberlist's TestSuspicion_Timer_Immediate)."""
+    suspicion = Suspicion(1000, 100.0, GossipConfig())
+    late = 100.0 + suspicion.most - 0.1
+    assert suspicion.deadline(1) > late > suspicion.deadline(1 + suspicion.k)

@@ -48,7 +48,7 @@ def test_swim_4_1_updates_are_piggybacked_on_pings_and_acks() -> None:
 
 def test_swim_4_1_each_update_is_sent_lambda_log_n_times() -> None:
     """'a maximum of lambda log n times', younger ones first."""
-    lab = Lab(*"bcdefgh", config=GossipConfig(probe_period_s=1e6))
+    lab = Lab(*"bcdefgh", config=GossipConfig(probe_period_s=1e6, retransmit_least=1))
     lab.run(30.0)
     lab.told(alive("z"))
     effects = lab.run(10.0)

@@ -21,7 +21,7 @@ def node_id(index: int) -> NodeId:
     return NodeId(hashlib.sha256(f"node {index}".encode()).hexdigest()[:32])
 
 
-def identity(node: NodeId) -> Identity:
+def identity(node: NodeId, mesh: MeshId = MESH) -> Identity:
     """Signs by hashing with its own name: as good as a signature among those who do not cheat."""
 
     def proof(name: str, message: bytes) -> bytes:
@@ -30,7 +30,7 @@ def identity(node: NodeId) -> Identity:
     def verify(name: NodeId, key: bytes, message: bytes, signature: bytes) -> bool:
         return key == name.encode() and signature == proof(name, message)
 
-    return Identity(node, MESH, node.encode(), lambda message: proof(node, message), verify)
+    return Identity(node, mesh, node.encode(), lambda message: proof(node, message), verify)
 
 
 class WireCodec:
@@ -91,7 +91,13 @@ def warm_world(
 
 
 def add_node(
-    world: World, ids: list[NodeId], index: int, config: GossipConfig, swim: type[Swim] = Swim, known: int = 3
+    world: World,
+    ids: list[NodeId],
+    index: int,
+    config: GossipConfig,
+    swim: type[Swim] = Swim,
+    known: int = 3,
+    mesh: MeshId = MESH,
 ) -> None:
     node = ids[index]
     seeds = [(other, f"{other[:6]}:1") for other in ids[:known] if other != node]
@@ -100,7 +106,7 @@ def add_node(
         saved = [record.incarnation for record in disk if isinstance(record, SavedIncarnation)]
         life = world.nodes[node].life if node in world.nodes else 1
         incarnation = max(max(saved, default=0) + 1, int(1e9 + world.now * 1000))
-        return swim(identity(node), f"{node[:6]}:{life}", incarnation, config, world.rng_for(f"{node}/{life}"))
+        return swim(identity(node, mesh), f"{node[:6]}:{life}", incarnation, config, world.rng_for(f"{node}/{life}"))
 
     world.add(
         node,
