@@ -241,7 +241,7 @@ class Runs:
         seed: int,
         count: int,
         minutes: float,
-        tell: Callable[[str], None],
+        tell: Callable[[str], None] = lambda line: None,
     ) -> None:
         self.tell = tell
         self.n, self.seed, self.count, self.minutes = n, seed, min(count, n // 5), minutes

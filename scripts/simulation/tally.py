@@ -19,6 +19,8 @@ class Tally:
         self.schedules = self.violations = 0
         self.counts: Counter[str] = Counter()
         self.failed: list[int] = []
+        self.seeds: list[int] = []
+        """First and last; they follow each other."""
         self.seconds = 0.0
 
     def one(self, seed: int, tell: Callable[[str], None]) -> None:
@@ -30,6 +32,7 @@ class Tally:
             self.failed.append(seed)
             tell(describe(violation))
             tell(f"seed {seed} breaks a property; again: {self.replay} {seed}")
+        self.seeds = [self.seeds[0] if self.seeds else seed, seed]
         self.schedules += 1
         self.seconds += time.monotonic() - start
 
@@ -46,16 +49,17 @@ class Tally:
         return self
 
     def coverage(self) -> dict[str, Any]:
-        """Counters, speed, and the seeds that failed."""
-        found: dict[str, Any] = {**self.counts, "schedules": self.schedules}
+        """Counters, speed, the range of seeds, and those that failed; ``simulation.total`` adds several up."""
+        found: dict[str, Any] = {**self.counts, "schedules": self.schedules, "violations": self.violations}
+        found["seconds"] = round(self.seconds, 1)
         if self.seconds:
             found["schedules_per_s"] = round(self.schedules / self.seconds, 1)
             if "steps" in self.counts:
                 found["steps_per_s"] = round(self.counts["steps"] / self.seconds)
-        return {**found, "failed_seeds": self.failed[:20]}
+        return {**found, "seeds": self.seeds, "failed_seeds": self.failed[:20]}
 
     def line(self) -> str:
-        counts = ", ".join(f"{name} {count}" for name, count in self.coverage().items() if name != "failed_seeds")
+        counts = ", ".join(f"{name} {count}" for name, count in self.coverage().items() if "seeds" not in name)
         return f"{self.replay.split()[1]}: {self.violations} violations; {counts}"
 
 
