@@ -10,20 +10,48 @@ from pathlib import Path
 from typing import Any
 
 VOCABULARY = 256
+MOST_PARAMETERS = 10_000_000
+"""A configuration that the common sizes below do not make tiny is refused before it is built."""
 _COMMON: dict[str, Any] = {
-    **{"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 96, "head_dim": 16},
-    **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512},
-    **{"n_embd": 64, "n_head": 4, "n_positions": 512, "d_model": 64, "n_heads": 4, "max_seq_len": 512},
-    **{"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
-    **{"sliding_window": 24, "use_sliding_window": True, "query_pre_attn_scalar": 16},
+    **{"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "ffn_dim": 96},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "num_heads": 4},
+    **{"n_embd": 64, "n_head": 4, "n_positions": 512, "d_model": 64, "n_heads": 4, "max_seq_len": 512, "d_ff": 96},
+    **{"embedding_size": 64, "word_embed_proj_dim": 64, "rotary_dim": 8, "is_decoder": True},
+    # experts
+    **{"num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "moe_num_experts": 4, "num_experts_per_tok": 2},
+    **{"moe_k": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32, "n_group": 1, "topk_group": 1},
+    **{"first_k_dense_replace": 1},
+    # attention of many kinds
+    **{"sliding_window": 24, "use_sliding_window": True, "query_pre_attn_scalar": 16, "attention_chunk_size": 24},
+    **{"q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16},
+    **{"index_n_heads": 2, "index_head_dim": 16, "index_topk": 8},
+    **{"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY, "num_kv_shared_layers": 0},
+    # state spaces and linear attention
+    **{"mamba_d_state": 8, "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_expand": 2},
+    **{"mamba_num_heads": 8, "mamba_head_dim": 16, "ssm_state_size": 8, "state_size": 8},
+    **{"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16},
     **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
 }
-_LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers")
+_LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+_SAME_HEADS = {"num_key_value_heads": 4}
+_LATENT = {**_SAME_HEADS, "head_dim": 8}
+"""Latent attention: as many key heads as query heads, and the rotary part's size as the head's."""
 _OWN: dict[str, dict[str, Any]] = {
     "qwen3": {"max_window_layers": 2},
+    "qwen2": {"max_window_layers": 2},
     "falcon": {"alibi": False, "new_decoder_architecture": True, "num_kv_heads": 2},
     "bloom": {"num_attention_heads": None, "num_hidden_layers": None},
     "gpt2": {"num_attention_heads": None},
+    **dict.fromkeys(("deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa"), _LATENT),
+    **dict.fromkeys(("youtu", "minicpm3", "longcat_flash", "axk1", "axk2", "bailing_hybrid"), _LATENT),
+    "dots1": {"n_shared_experts": 1},
+    "dots3_note_text": _SAME_HEADS,
+    "falcon_h1": {"mamba_d_ssm": 128},
+    "gpt_neo": {"attention_types": [[["global", "local"], 3]], "window_size": 24},
+    "mamba2": {"num_heads": 8},
+    "dbrx": {"attn_config": {"kv_n_heads": 2}, "ffn_config": {"ffn_hidden_size": 32}},
+    "zaya": {"num_experts_per_tok": 1},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 3},
 }
 
 
@@ -45,7 +73,7 @@ def _fields(kind: type) -> set[str]:
         names |= set(getattr(base, "__annotations__", {}))
         if "__init__" in vars(base):
             names |= set(inspect.signature(base.__init__).parameters)
-    return names
+    return names | set(getattr(kind, "attribute_map", None) or {})
 
 
 def write_tiny(
@@ -66,8 +94,13 @@ def write_tiny(
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     config = tiny_config(model_type, layers, **over)
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    with torch.device("meta"):
+        size = sum(weight.numel() for weight in kind(config).parameters())
+    if size > MOST_PARAMETERS:
+        raise ValueError(f"a tiny configuration still has {size / 1e6:.0f} million parameters")
     torch.manual_seed(0)
-    model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config).eval()
+    model = kind(config).eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, weight in model.named_parameters():

@@ -173,7 +173,8 @@ class Batch:
         options = (scale, softcap, sinks)
         pieces = [*self._runs, *self._tiles]
         if len(pieces) == 1 and pieces[0].last - pieces[0].first == query.shape[0]:
-            return self._attend_piece(0, pieces[0], layer, query, rule, product, options)
+            found = self._attend_piece(0, pieces[0], layer, query, rule, product, options)
+            return found.contiguous()  # some models take a view of it
         # Rows that only fill up the batch stay zero: NaN would confuse a router.
         make = query.new_empty if query.shape[0] == self.count else query.new_zeros
         out = make(*query.shape[:2], value.shape[-1])

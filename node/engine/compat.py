@@ -30,8 +30,10 @@ class CompatState:
         self._pretend()
         options = {
             "position_ids": torch.arange(self.length, self.length + n)[None],
-            "attention_mask": torch.ones(1, self.length + n, dtype=torch.long),
+            # Recurrent layers multiply their input by the mask, so it has the rows of this forward or none.
+            "attention_mask": torch.ones(1, self.length + n, dtype=torch.long) if self.shard.masked else None,
             "past_key_values": self.cache,
+            "cache_params": self.cache,  # as state space models call it
             "use_cache": True,
         }
         hidden, logits = self.shard.run(self.start, self.end, given[None], options, rows)

@@ -44,6 +44,8 @@ class Loaded(msgspec.Struct, frozen=True):
     """A position gives the same bits alone, in any batch, in any chunk, at any number of stages."""
     layer_bytes: tuple[int, ...]
     """Keys and values of one position, of each layer."""
+    why: str = ""
+    """Why it is not packed."""
 
 
 class Engine:
@@ -94,7 +96,7 @@ class Engine:
         missing = wanted.minus(holding.shard.part) if holding else wanted
         before = self._loaded.get(model.id)
         known = dict(zip(range(before.span.start, before.span.end), before.layer_bytes, strict=True)) if before else {}
-        mode, same = (before.mode, before.exact) if before else ("packed", True)
+        mode, same, why = (before.mode, before.exact, before.why) if before else ("packed", True, "")
         shard = holding.shard if holding else None
         if missing:
             prepared = await self._prepare(folder, missing, model.dtype)
@@ -102,12 +104,13 @@ class Engine:
                 raise ConfigError(f"{model.id}: layers {span.start}-{span.end} need another mode than those held")
             mode, same, shard = prepared.mode, same and prepared.exact, prepared.shard
             known |= prepared.layer_bytes
+            why = why or prepared.why
             self.hardware = prepared.hardware
         assert shard is not None
         self._narrow(model.id, span)
         await self._on_thread(runner.install, model.id, shard, mode, wanted)
         layer_bytes = tuple(known[i] for i in range(span.start, span.end))
-        self._loaded[model.id] = Loaded(span, mode, same, layer_bytes)
+        self._loaded[model.id] = Loaded(span, mode, same, layer_bytes, why)
         return self._loaded[model.id]
 
     def _narrow(self, model: ModelId, span: LayerSpan) -> None:

@@ -14,6 +14,9 @@ from node.engine.selfcheck import Mode, check
 from node.engine.shard import Shard
 from node.engine.span import ONE_AT_A_TIME, Part, load_part, read_config
 
+PIECE_BYTES = 1 << 28
+"""Of weights on the disk that are read before they are laid out."""
+
 
 class Prepared(msgspec.Struct, frozen=True):
     """A part that has passed its checks."""
@@ -25,6 +28,8 @@ class Prepared(msgspec.Struct, frozen=True):
     exact: bool
     hardware: str
     """Nodes of one hardware class give the same bits."""
+    why: str = ""
+    """Why it is not packed."""
 
 
 def prepare(folder: Path, part: Part, dtype: str, exactness: str, threads: int) -> Prepared:
@@ -41,7 +46,7 @@ def _prepare(folder: Path, part: Part, dtype: str, exactness: str, threads: int)
     served = getattr(torch, dtype)
     size = config.get_text_config(decoder=True).hidden_size
     packing = products.can_pack(served, torch.device("cpu")) and size >= products.LEAST_HIDDEN
-    shard = Shard(load_part(folder, config, part, served), part, packing)
+    shard = _load(folder, config, part, served, packing)
     runs = _runs(part.layers)
     checks = [check(shard, start, end) for start, end in runs]
     mode: Mode = "packed" if all(c.mode == "packed" for c in checks) else "compat"
@@ -50,7 +55,34 @@ def _prepare(folder: Path, part: Part, dtype: str, exactness: str, threads: int)
     same = mode == "packed" and exactness != "off" and all(exact.make_exact(shard, a, b, threads) for a, b in runs)
     if exactness == "on" and not same:
         raise ConfigError(f"{config.model_type}: not exact on this machine, and --exact on asks for it")
-    return Prepared(shard, mode, layer_bytes, same, exact.hardware_class("cpu", served))
+    why = next((c.why for c in checks if c.why), "")
+    return Prepared(shard, mode, layer_bytes, same, exact.hardware_class("cpu", served), why)
+
+
+def _load(folder: Path, config: Any, part: Part, dtype: torch.dtype, packing: bool) -> Shard:
+    """Piece by piece: each is laid out before the next is read, so that a second copy is never one of the whole."""
+    shard: Shard | None = None
+    for piece in _pieces(part, _layer_bytes(folder, config)):
+        loaded = Shard(load_part(folder, config, piece, dtype), piece, packing)
+        if shard is None:
+            shard = loaded
+        else:
+            shard.adopt(loaded)
+    assert shard is not None
+    return shard
+
+
+def _layer_bytes(folder: Path, config: Any) -> int:
+    """Of a layer on the disk, roughly."""
+    files = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    return files // int(config.get_text_config(decoder=True).num_hidden_layers)
+
+
+def _pieces(part: Part, layer_bytes: int) -> list[Part]:
+    """Of about ``PIECE_BYTES``; embedding and head, which may be tied, are in one."""
+    n = max(1, PIECE_BYTES // max(1, layer_bytes))
+    pieces = [Part(part.layers[i : i + n]) for i in range(0, len(part.layers), n)] or [Part(())]
+    return [Part(pieces[0].layers, part.embed, part.head), *pieces[1:]]
 
 
 def _numbered(start: int, end: int, served: Any) -> list[tuple[int, int]]:

@@ -34,6 +34,8 @@ class Served(msgspec.Struct, frozen=True):
     mode: Mode
     layer_bytes: tuple[int, ...]
     """Keys and values of one position, of each layer."""
+    why: str = ""
+    """Why not packed."""
 
 
 def check(shard: Shard, start: int, end: int) -> Served:
@@ -58,10 +60,13 @@ def check(shard: Shard, start: int, end: int) -> Served:
             return Served("packed", outcome)
         why_not = outcome
     shard.use("eager")
-    outcome = _try_compat(shard, start, end, given, expected)
+    for shard.masked in (True, False):
+        outcome = _try_compat(shard, start, end, given, expected)
+        if not isinstance(outcome, str):
+            break
     if isinstance(outcome, str):
         raise ConfigError(f"{kind}: cannot be served in parts (packed: {why_not}; one by one: {outcome})")
-    return Served("compat", outcome)
+    return Served("compat", outcome, why_not)
 
 
 def _inputs(shard: Shard, start: int) -> torch.Tensor:

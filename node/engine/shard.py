@@ -65,6 +65,15 @@ class Slot(nn.Module):
         return out
 
 
+def _text(config: Any) -> Any:
+    return config.get_text_config(decoder=True)
+
+
+def _fits(name: str, takes: set[str]) -> bool:
+    """Whether a forward with these parameters is given this one; state space models alone know ``cache_params``."""
+    return name in takes or ("kwargs" in takes and name != "cache_params")
+
+
 def _leave_files(model: nn.Module) -> None:
     """Copy what still lies in the checkpoint's mapped files; the last copy unmaps them.
 
@@ -90,6 +99,8 @@ class Shard:
         self.device = torch.device("cpu")
         self.dtype: torch.dtype = model.dtype
         self.hidden_size: int = self.config.get_text_config(decoder=True).hidden_size
+        self.masked = True
+        """The compat mode passes a mask of ones; found by the self-check."""
         self.multiple = 1
         """Rows of a forward are filled up to a multiple of this: the exact mode's rule for this model."""
         self._flow = _Flow()
@@ -138,6 +149,10 @@ class Shard:
 
     def adopt(self, other: Shard) -> None:
         """Take over what ``other``, a shard of the same model, holds.  ``other`` is of no use afterwards."""
+        ours = {id(other.config): self.config, id(_text(other.config)): _text(self.config)}
+        for module in other.model.modules():  # layers read off their configuration how they are run
+            if id(getattr(module, "config", None)) in ours:
+                module.config = ours[id(module.config)]
         for index in other.part.layers:
             self._layers[index].layer, self._layers[index].lean = other._layers[index].layer, other._layers[index].lean
         for held, name in ((other.part.embed, self.layout.embed), (other.part.head, self.layout.head)):
@@ -207,7 +222,7 @@ class Shard:
         flow.start, flow.end, flow.out = start, end, None
         target = self.model if rows is not None else self._owner
         takes = self._takes[target]
-        options = {name: value for name, value in options.items() if name in takes or "kwargs" in takes}
+        options = {name: value for name, value in options.items() if _fits(name, takes)}
         if rows is not None and "logits_to_keep" in takes:
             options["logits_to_keep"] = rows
         if start == 0:

@@ -89,9 +89,14 @@ def read_config(folder: Path) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{Path(folder).name}: config.json: {str(error).splitlines()[0]}") from error
+    for each in (config, config.get_text_config(decoder=True)):
+        stored = getattr(each, "quantization_config", None)
+        if isinstance(stored, dict):  # weights are widened when they are loaded: the products here know plain ones
+            each.quantization_config = {**stored, "dequantize": True}
+    return config
 
 
 def model_class(config: Any) -> type:
@@ -202,13 +207,15 @@ def needed_tensors(folder: Path, names: Iterable[str], start: int, end: int) -> 
 def _known_names(config: Any, start: int, end: int) -> tuple[dict[str, Any], Callable[[str], str]]:
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+    from transformers.quantizers.auto import get_hf_quantizer
 
     n_layers = config.get_text_config(decoder=True).num_hidden_layers
     cls = _pruned_class(model_class(config), Part.of_span(start, end, n_layers))
     with torch.device("meta"):
         model = cls(config)
     state = model.state_dict()
-    rules: Sequence[Any] = get_model_conversion_mapping(model)
+    quantizer, *_ = get_hf_quantizer(config, None, None, True, {})
+    rules: Sequence[Any] = get_model_conversion_mapping(model, hf_quantizer=quantizer)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
 

@@ -20,7 +20,9 @@ from node.weights.manifest import ITEM_BYTES, Manifest, Tensor
 _NUMBERED = re.compile(r"(?P<prefix>(?:[^.]+\.)*?)(?P<index>\d+)\.")
 _EMBEDDING = re.compile(r"embed_tokens|word_embeddings|wte|wpe|embed_in\b|embed_positions|embeddings?\b|embed\b")
 _HEAD = re.compile(r"lm_head|embed_out|output_layer|score\b")
-_FLOATS = {"F64", "F32", "F16", "BF16"}
+_FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
+WIDENED = {"fp8", "mxfp8", "mxfp4"}
+"""Quantized checkpoints (``quant_method``) that transformers widens by itself when it loads them, on any device."""
 
 
 def model_info(name: str, folder: Path, manifest: Manifest, dtype: str) -> ModelInfo:
@@ -69,6 +71,8 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def served_bytes(tensor: Tensor, dtype: str) -> int:
     """Bytes of a tensor in memory: floating-point weights are held in ``dtype``, others as they are."""
+    if tensor.dtype == "U8" and tensor.name.endswith("_blocks"):  # mxfp4: two numbers a byte
+        return tensor.size * 2 * DTYPE_BYTES[dtype]
     if tensor.dtype in _FLOATS:
         return tensor.size // ITEM_BYTES[tensor.dtype] * DTYPE_BYTES[dtype]
     return tensor.size
@@ -76,7 +80,9 @@ def served_bytes(tensor: Tensor, dtype: str) -> int:
 
 def _text_config(folder: Path) -> Any:
     """transformers' configuration object of the language model in the folder."""
-    kind = read_config(folder)["model_type"]
+    raw = read_config(folder)
+    kind = raw["model_type"]
+    _require_loadable(folder, raw)
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -89,6 +95,18 @@ def _text_config(folder: Path) -> Any:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True).get_text_config()
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ConfigError(f"{folder / 'config.json'} is not a configuration of kind {kind!r}: {error}") from None
+
+
+def _require_loadable(folder: Path, raw: dict[str, Any]) -> None:
+    text = raw.get("text_config")
+    stored = raw.get("quantization_config") or (text.get("quantization_config") if isinstance(text, dict) else None)
+    method = stored.get("quant_method") if isinstance(stored, dict) else None
+    if stored and method not in WIDENED:
+        raise ConfigError(
+            f"model folder {folder}: its weights are quantized by {str(method or 'bitsandbytes')!r}, which needs "
+            "libraries or devices that this version does not use: offer the unquantized checkpoint (quantized ones "
+            f"that can be loaded: {', '.join(sorted(WIDENED))})"
+        )
 
 
 def _need(config: Any, folder: Path, *names: str) -> Any:

@@ -114,14 +114,18 @@ class Chain:
                 engine.close(key)
 
     async def generate(
-        self, prompts: Sequence[Sequence[int]], tokens: int = 12, sampling: SamplingParams = GREEDY
+        self,
+        prompts: Sequence[Sequence[int]],
+        tokens: int = 12,
+        sampling: SamplingParams = GREEDY,
+        scored: bool = False,
     ) -> list[list[int]]:
-        """All prompts at once; their drawn tokens."""
+        """All prompts at once; their drawn tokens.  ``scored``: the prompts' tokens get log-probabilities, too."""
         keys = [f"s{i}" for i in range(len(prompts))]
         for key, prompt in zip(keys, prompts, strict=True):
             self.open(key, prompt, sampling, tokens)
         for key, prompt in zip(keys, prompts, strict=True):
-            self.feed(key, 0, prompt)
+            self.feed(key, 0, prompt, scored=scored)
         await self.finished()
         self.close(*keys)
         return [self.drawn[key] for key in keys]

@@ -134,6 +134,13 @@ async def test_kinds_that_are_not_causal_language_models(tmp_path: Path, kind: s
     assert f"model_type {kind!r} is not a causal language model" in await refused(folder, tmp_path)
 
 
+async def test_quantized_checkpoints_that_need_other_libraries(tmp_path: Path) -> None:
+    folder = write_llama(tmp_path / "model", quantization_config={"quant_method": "gptq", "bits": 4})
+    why = await refused(folder, tmp_path)
+    assert "quantized by 'gptq'" in why
+    assert "offer the unquantized checkpoint" in why
+
+
 async def test_broken_configurations(tmp_path: Path) -> None:
     folder = write_llama(tmp_path / "model", num_hidden_layers=9)
     assert "lack layers [4, 5, 6, 7, 8] of 9" in await refused(folder, tmp_path)
