@@ -28,7 +28,7 @@ COUNTS = {"elapsed": float, "tokens": int, "steps": int, "pools": int, "best": f
 
 @dataclass(frozen=True)
 class Plan:
-    minutes: float = 85.0  # wall time of the training, checkpoints not counted
+    minutes: float = 80.0  # wall time of the training, checkpoints not counted
     batch: int = 2048  # tokens per step, padding included
     pool: int = 512  # chats drawn at once and sorted by length, so that little is padded
     muon_lr: float = 0.008
@@ -117,7 +117,7 @@ class Trainer:
         return min(1.0, self.elapsed / (60 * self.plan.minutes))
 
     def run(self, publish: Callable[[Decoder], None]) -> None:
-        """Trains to the end of the plan; `publish` gets a copy of each checkpoint that is the best so far."""
+        """Trains to the end of the plan; `publish` gets each checkpoint that is the best so far, and the last."""
         saved = self.elapsed
         while self.progress < 1:
             rng = random.Random(f"{self.seed} {self.pools}")
@@ -128,7 +128,7 @@ class Trainer:
                 self._step(batch)
                 if self.elapsed - saved > self.plan.checkpoint_s or self.progress >= 1:
                     saved = self.elapsed
-                    if self.save():
+                    if self.save() or self.progress >= 1:
                         publish(copy.deepcopy(self.model))
                 if self.progress >= 1:
                     break
@@ -202,7 +202,7 @@ def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def train(out: Path, work: Path, minutes: float, seed: int, resume: bool) -> None:
-    """Trains from nothing or from the last checkpoint; `out` holds the checkpoint that did best on the dev items."""
+    """Trains from nothing or from the last checkpoint, which `out` holds in the end (until then, the best so far)."""
     work.mkdir(parents=True, exist_ok=True)
     tokenizer = load_tokenizer(out) if resume else train_tokenizer(seed)
     trainer = Trainer(tokenizer, Plan(minutes), seed, work)
