@@ -151,6 +151,8 @@ def _last_of(event: core.Ended | core.Failed) -> EndEvent | MeshError:
         return CapacityError(event.why, event.retry_after_s)
     if event.code == "no_route":
         return NoRoute(event.why)
+    if event.code == "dead_end":
+        return RequestError(event.why, param="response_format", code="grammar_dead_end")
     lost = SessionLost(event.why)
     lost.code = event.code
     return lost

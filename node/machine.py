@@ -16,6 +16,7 @@ from mesh.types import LayerSpan, Load, ModelInfo, NodeProfile
 from node.config import NodeConfig
 from node.engine.sequence import EngineStats
 from node.loader import Loader
+from node.text.grammar import Vocabularies
 
 MEMORY_SHARE = 0.6
 """Of the memory that is free at the start, where ``--memory`` is not given."""
@@ -40,12 +41,13 @@ class Machine:
 
         return serving_dtype(config.dtype)
 
-    def make_engine(self, config: NodeConfig) -> Any:
+    def make_engine(self, config: NodeConfig, vocabularies: Vocabularies) -> Any:
         if not self.holds_layers:
             return NoEngine()
         from node.engine.engine import Engine, EngineConfig
 
-        return Engine(EngineConfig(kv_bytes=self.kv_bytes, threads=self.threads, exact=config.exact))
+        wanted = EngineConfig(kv_bytes=self.kv_bytes, threads=self.threads, exact=config.exact)
+        return Engine(wanted, vocabularies)
 
     async def check_servable(self, model: ModelInfo, folder: Path) -> None:
         """Load one layer and check it, before the model is offered.  Raises ``ConfigError`` naming a kind that no mode

@@ -63,6 +63,7 @@ from node.security.tls import PeerTls
 from node.service import NodeService
 from node.stage import StageService
 from node.telemetry import Telemetry, get_logger
+from node.text.grammar import Vocabularies
 from node.text.tokenizer import load_tokenizer
 from node.weights.keeper import Weights
 from node.weights.serve import FILE_PATH, HAVE_PATH, DoorFiles, FileServer
@@ -126,7 +127,8 @@ class Node:
         self.presence = Presence(self)
         self.outlook = Outlook(self.me, self.peers, self.presence.profile)
         self.mail = Mail(self.me, self.peers.send_pipeline, self._deliver)
-        self.engine = self.machine.make_engine(self.config)
+        self.vocabularies = Vocabularies()
+        self.engine = self.machine.make_engine(self.config, self.vocabularies)
         self.stage = StageService(
             self.me,
             self.engine,
@@ -357,10 +359,6 @@ class Node:
                     self.offered.pop(info.id, None)
                     return
                 await asyncio.sleep(0.5)
-
-    @property
-    def supports_grammar(self) -> bool:
-        return bool(getattr(self.engine, "supports_grammar", False))
 
     def _seal_key_of(self, node: NodeId) -> SealKey | None:
         member = self.view.member(node)

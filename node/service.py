@@ -7,6 +7,7 @@ import hmac
 import secrets
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -22,7 +23,7 @@ from node.security import token as tokens
 from node.security.ca import fingerprint
 from node.security.keys import find_api_key, is_admin_key, new_api_key
 from node.status import status_document
-from node.text.tokenizer import Tokenizer, Tokenizers
+from node.text.tokenizer import Tokenizer, Tokenizers, off_loop
 
 if TYPE_CHECKING:
     from node.node import Node
@@ -46,21 +47,38 @@ class NodeService:
         return list(models_of(self._node.keeper.content))
 
     async def tokenizer(self, model: ModelId) -> Tokenizer:
+        return await self._tokenizers.get(model, await self._folder(model))
+
+    async def _folder(self, model: ModelId) -> Path:
         info = next((info for info in self.models() if info.id == model), None)
         if info is None:
             raise NoRoute(f"the mesh does not serve model {model!r}")
-        folder = await self._node.weights.outline(info, self.view.sources(info.manifest))
-        return await self._tokenizers.get(model, folder)
+        return await self._node.weights.outline(info, self.view.sources(info.manifest))
 
-    def supports_grammar(self, model: ModelId) -> bool:
-        return self._node.supports_grammar
+    async def check_grammar(self, model: ModelId, grammar: str) -> None:
+        tokenizer, folder = await self.tokenizer(model), await self._folder(model)
+        vocabularies = self._node.vocabularies
+        await off_loop(True, lambda: vocabularies.get(folder, tokenizer).start(grammar))
 
     # -- generations ---------------------------------------------------------------------------------------------------
 
     async def open(self, request: GenerationRequest) -> LiveGeneration:
         if self._node.draining:
             raise Leaving("this node is leaving: ask another")
+        self._check_nodes(request.allowed_nodes)
         return await self._node.entry.open(request)
+
+    def _check_nodes(self, wanted: tuple[str, ...]) -> None:
+        """A name that no member bears is a mistake, which waiting would not mend; a member that is away may return."""
+        known = {word for member in self.view.members for word in (member.id, member.profile.name)}
+        unknown = [name for name in wanted if name not in known]
+        if unknown:
+            names = ", ".join(repr(name[:80]) for name in unknown[:5])
+            raise RequestError(
+                f"mesh.allowed_nodes: no member of this mesh is called {names}",
+                param="mesh.allowed_nodes",
+                code="node_not_found",
+            )
 
     async def cancel(self, session: str, caller: Caller) -> bool:
         """Here, else at whichever member owns it."""

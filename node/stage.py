@@ -167,4 +167,5 @@ def _computed(result: Result) -> core.Computed:
         top=drawn.top if drawn else (),
         prompt_logprobs=result.prompt_logprobs,
         error=result.error,
+        final=result.final,
     )

@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from mesh.errors import MeshError, SessionLost
+from mesh.errors import MeshError, RequestError, SessionLost
 from mesh.types import ModelId, ModelInfo
 from node.api.service import (
     Caller,
@@ -23,6 +23,7 @@ from node.api.service import (
     TokenEvent,
     Top,
 )
+from node.text.grammar import Vocabulary
 from node.text.tokenizer import Tokenizer
 
 TEMPLATE = (
@@ -69,6 +70,11 @@ def make_tokenizer(*, byte_fallback: bool = False) -> Tokenizer:
     hf.add_special_tokens({"additional_special_tokens": SPECIALS[2:]})
     hf.chat_template = TEMPLATE
     return Tokenizer(hf, eos_ids=(1, 6))
+
+
+@functools.cache
+def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary:
+    return Vocabulary(tokenizer)
 
 
 def _with_bytes(rust: Any, bytes_: list[str]) -> Any:
@@ -232,8 +238,10 @@ class FakeService:
     async def tokenizer(self, model: ModelId) -> Tokenizer:
         return self._tokenizer
 
-    def supports_grammar(self, model: ModelId) -> bool:
-        return self.grammar
+    async def check_grammar(self, model: ModelId, grammar: str) -> None:
+        if not self.grammar:
+            raise RequestError("this model's tokenizer is of another kind", code="unsupported_parameter")
+        await asyncio.to_thread(vocabulary_of(self._tokenizer).start, grammar)
 
     async def open(self, request: GenerationRequest) -> FakeGeneration:
         if self.refuse:

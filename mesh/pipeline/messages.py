@@ -127,7 +127,7 @@ class Refused(PipelineMessage, frozen=True):
     """The hop does not serve the session (any more)."""
 
     hop: int
-    code: Literal["busy", "stale_placement", "unknown_placement", "not_held", "unknown_session", "failed"]
+    code: Literal["busy", "stale_placement", "unknown_placement", "not_held", "unknown_session", "failed", "dead_end"]
     why: str
     retry_after_s: float = 1.0
 

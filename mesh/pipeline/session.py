@@ -109,10 +109,14 @@ class Ended(msgspec.Struct, frozen=True):
     reason: str
 
 
-class Failed(msgspec.Struct, frozen=True):
-    """The session cannot go on.  ``code``: busy (nothing was started), no_route, session_lost, timeout."""
+FailureCode = Literal["busy", "no_route", "session_lost", "timeout", "dead_end"]
 
-    code: Literal["busy", "no_route", "session_lost", "timeout"]
+
+class Failed(msgspec.Struct, frozen=True):
+    """The session cannot go on.  ``code``: busy (nothing was started), no_route, session_lost, timeout, or dead_end
+    (its grammar allows no further token, whoever draws it)."""
+
+    code: FailureCode
     why: str
     retry_after_s: float = 1.0
 
@@ -349,7 +353,11 @@ class Session:
         return next(index for index in range(len(self.route.hops)) if index not in self._opened)
 
     def _on_refused(self, index: int, message: m.Refused, now: float) -> list[Effect]:
-        """Another placement or a full hop is no fault of the hop; anything else is a loss like any other."""
+        """Another placement or a full hop is no fault of the hop, and what cannot be drawn by any sampler ends the
+        session; anything else is a loss like any other."""
+        assert self.route is not None
+        if message.code == "dead_end" and index == len(self.route.hops) - 1:
+            return self._fail("dead_end", message.why)
         if message.code in ("stale_placement", "unknown_placement"):
             return self._again(message, now)
         if message.code == "busy" and self._incident is None and not self._begun:
@@ -494,9 +502,7 @@ class Session:
         ceiling = min(self.config.backoff_max_s, self.config.backoff_s * float(1 << min(self._retries, 10)))
         return ceiling * self._rng.uniform(0.5, 1.0)
 
-    def _fail(
-        self, code: Literal["busy", "no_route", "session_lost", "timeout"], why: str, retry_after_s: float = 1.0
-    ) -> list[Effect]:
+    def _fail(self, code: FailureCode, why: str, retry_after_s: float = 1.0) -> list[Effect]:
         so_far = f"{why}; {len(self.drawn)} of at most {self.request.sampling.max_tokens} tokens were drawn"
         return self._end(Failed(code, so_far if self.drawn else why, retry_after_s))
 

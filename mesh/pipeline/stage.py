@@ -84,6 +84,8 @@ class Computed(msgspec.Struct, frozen=True):
     top: tuple[tuple[int, float], ...] = ()
     prompt_logprobs: tuple[tuple[float, tuple[tuple[int, float], ...]], ...] = ()
     error: str = ""
+    final: bool = False
+    """Of an error: any other node would come to the same."""
 
 
 class Truncate(msgspec.Struct, frozen=True):
@@ -450,7 +452,8 @@ class StageCore:
 
     def _on_computed(self, session: m.SessionId, hop: _Hop, result: Computed) -> list[Effect]:
         if result.error:
-            failed = m.Refused(session, hop.epoch, hop.index, "failed", result.error)
+            code: Literal["dead_end", "failed"] = "dead_end" if result.final else "failed"
+            failed = m.Refused(session, hop.epoch, hop.index, code, result.error)
             return [Send(hop.owner, failed), *self._free(session)]
         assert result.start == hop.done, (result.start, hop.done)
         hop.done = result.start + result.n

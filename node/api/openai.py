@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 import time
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -78,8 +79,8 @@ async def chat_call(
 ) -> Call:
     """A chat as a ``Call``.  RequestError names whatever cannot be done."""
     logprobs = params.chat_logprobs(body.logprobs, body.top_logprobs)
-    supported = api.service.supports_grammar(model.id)
-    structure = await structure_of(body.response_format, body.tools, body.tool_choice, supported=supported)
+    check = partial(api.service.check_grammar, model.id)
+    structure = await structure_of(body.response_format, body.tools, body.tool_choice, check)
     sampling = _sampling(api, request, body, model, tokenizer, logprobs=logprobs, grammar=structure.grammar)
     text = await chat_text(tokenizer, body.messages, body, list(structure.tools))
     await _check_length(tokenizer, text, model, param="messages")
@@ -104,8 +105,8 @@ async def completion_call(
 ) -> Call:
     """A completion of one or many prompts as a ``Call``; choices are numbered prompt by prompt."""
     logprobs = params.completion_logprobs(body.logprobs)
-    supported = api.service.supports_grammar(model.id)
-    structure = await structure_of(body.response_format, None, None, supported=supported)
+    check = partial(api.service.check_grammar, model.id)
+    structure = await structure_of(body.response_format, None, None, check)
     n, echo = body.n or 1, bool(body.echo)
     prompts = params.prompts_of(body.prompt, model.vocab_size, max(1, MAX_PROMPTS // max(1, n)))
     sampling = _sampling(api, request, body, model, tokenizer, logprobs=logprobs, grammar=structure.grammar)

@@ -49,6 +49,8 @@ def sampling_of(
 ) -> SamplingParams:
     """How to draw, but for ``max_tokens``, which depends on the prompt (``fit``).  RequestError names what is off."""
     check_ranges(body)
+    if grammar:
+        _check_end(body)
     stop_ids = () if body.ignore_eos else eos_ids
     top_p = 1.0 if body.top_p is None else body.top_p
     return SamplingParams(
@@ -66,6 +68,17 @@ def sampling_of(
         logprobs=logprobs,
         grammar=grammar,
     )
+
+
+def _check_end(body: GenerationBody) -> None:
+    """A text with a grammar ends where the grammar says."""
+    for name in ("ignore_eos", "min_tokens"):
+        if getattr(body, name):
+            raise RequestError(
+                f"{name} cannot be combined with structured output: once the text is complete nothing may follow",
+                param=name,
+                code="invalid_request",
+            )
 
 
 def check_ranges(body: GenerationBody) -> None:

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import msgspec
 
 from node.api import logprobs
+from node.api.calls import joined_calls
 from node.api.run import Call, Delta, Run
 from node.api.service import Recovery
 
@@ -64,15 +65,14 @@ class ChatRender(_Base):
         super().__init__(call, "chat.completion.chunk" if streamed else "chat.completion")
 
     def opening(self, choice: int) -> list[dict[str, Any]]:
-        return [self._choice(choice, {"role": "assistant", "content": ""})]
+        content = None if self._call.structure.forced else ""
+        return [self._choice(choice, {"role": "assistant", "content": content})]
 
     def chunks(self, delta: Delta) -> list[dict[str, Any]]:
         made = []
         if delta.text or delta.tokens:
             made.append(self._choice(delta.choice, {"content": delta.text}, **self._logprobs(delta)))
-        if delta.calls:
-            calls = [call.as_openai(at) for at, call in enumerate(delta.calls)]
-            made.append(self._choice(delta.choice, {"tool_calls": calls}))
+        made += [self._choice(delta.choice, {"tool_calls": [piece.as_delta()]}) for piece in delta.calls]
         if delta.finish is not None:
             made.append(self._choice(delta.choice, {}, finish=delta.finish))
         return made
@@ -95,9 +95,10 @@ class ChatRender(_Base):
     def _whole_choice(self, index: int, deltas: list[Delta]) -> dict[str, Any]:
         text, last = "".join(delta.text for delta in deltas), deltas[-1]
         message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
-        if last.calls:
-            message["content"] = text or None
-            message["tool_calls"] = [call.as_openai() for call in last.calls]
+        calls = joined_calls(piece for delta in deltas for piece in delta.calls)
+        if calls:
+            message["content"] = text.strip() or None
+            message["tool_calls"] = [call.as_call() for call in calls]
         entries = None
         if self._top >= 0:
             tokens = [token for delta in deltas for token in delta.tokens]

@@ -11,10 +11,10 @@ from typing import Any
 import msgspec
 
 from mesh.errors import RequestError
+from node.api.calls import CallPiece, joined_calls
 from node.api.render import grouped, usage_of
 from node.api.run import Call, Delta, Run
 from node.api.schemas import ChatBody, MeshOptions, read_body
-from node.api.structured import ToolCall
 
 REFUSED = ("previous_response_id", "conversation", "background", "prompt")
 
@@ -114,6 +114,7 @@ class ResponseRender:
         self._text = ""
         self._finish: str | None = None
         self._items: list[dict[str, Any]] = []
+        self._calls: list[CallPiece] = []
 
     def opening(self, choice: int) -> list[dict[str, Any]]:
         begun = self._response("in_progress")
@@ -128,14 +129,25 @@ class ResponseRender:
     def chunks(self, delta: Delta) -> list[dict[str, Any]]:
         self._text += delta.text
         made = [self._of_text("response.output_text.delta", delta=delta.text, logprobs=[])] if delta.text else []
+        made += [event for piece in delta.calls for event in self._of_call(piece)]
         if delta.finish is not None:
-            made += self._ended(delta)
+            made += self._ended(delta.finish)
         return made
 
-    def _ended(self, delta: Delta) -> list[dict[str, Any]]:
-        self._finish = delta.finish
+    def _of_call(self, piece: CallPiece) -> list[dict[str, Any]]:
+        """A call's output item comes after the message's; its arguments as they are generated."""
+        self._calls.append(piece)
+        item, index = _call_item(piece), piece.index + 1
+        if piece.name:
+            begun = {**item, "arguments": "", "status": "in_progress"}
+            return [self._event("response.output_item.added", output_index=index, item=begun)]
+        at = {"item_id": item["id"], "output_index": index}
+        return [self._event("response.function_call_arguments.delta", **at, delta=piece.arguments)]
+
+    def _ended(self, finish: str) -> list[dict[str, Any]]:
+        self._finish = finish
         message = self._message(self._text)
-        self._items = [message, *(_call_item(call) for call in delta.calls)]
+        self._items = [message, *map(_call_item, joined_calls(self._calls))]
         made = [
             self._of_text("response.output_text.done", text=self._text, logprobs=[]),
             self._of_text("response.content_part.done", part=_part(self._text)),
@@ -143,11 +155,7 @@ class ResponseRender:
         ]
         for index, item in enumerate(self._items[1:], start=1):
             at = {"item_id": item["id"], "output_index": index}
-            begun = {**item, "arguments": "", "status": "in_progress"}
-            made.append(self._event("response.output_item.added", output_index=index, item=begun))
-            arguments = item["arguments"]
-            made.append(self._event("response.function_call_arguments.delta", **at, delta=arguments))
-            made.append(self._event("response.function_call_arguments.done", **at, arguments=arguments))
+            made.append(self._event("response.function_call_arguments.done", **at, arguments=item["arguments"]))
             made.append(self._event("response.output_item.done", output_index=index, item=item))
         return made
 
@@ -187,10 +195,9 @@ def _part(text: str) -> dict[str, Any]:
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
 
 
-def _call_item(call: ToolCall) -> dict[str, Any]:
-    made = call.as_openai()
-    said = {"call_id": made["id"], "name": call.name, "arguments": call.arguments, "status": "completed"}
-    return {"id": made["id"].replace("call_", "fc_"), "type": "function_call", **said}
+def _call_item(call: CallPiece) -> dict[str, Any]:
+    said = {"call_id": call.id, "name": call.name, "arguments": call.arguments, "status": "completed"}
+    return {"id": call.id.replace("call_", "fc_"), "type": "function_call", **said}
 
 
 def _usage(usage: dict[str, Any]) -> dict[str, Any]:

@@ -15,9 +15,10 @@ from types import TracebackType
 import msgspec
 
 from mesh.errors import MeshError, RequestError, SessionLost
+from node.api.calls import CallPiece, CallReader
 from node.api.context import Api
 from node.api.service import EndEvent, Event, Generation, GenerationRequest, PromptEvent, Recovery, TokenEvent, Top
-from node.api.structured import CallFilter, Structure, ToolCall
+from node.api.structured import Structure
 from node.text.detokenize import ChoiceText
 from node.text.tokenizer import Tokenizer
 
@@ -68,7 +69,7 @@ class Delta(msgspec.Struct, frozen=True):
     offset: int
     """Tokens and characters of this choice so far: the event's id."""
     finish: str | None = None
-    calls: tuple[ToolCall, ...] = ()
+    calls: tuple[CallPiece, ...] = ()
     prompt: tuple[tuple[float, Top], ...] | None = None
     """Log-probabilities of the prompt from its second token on; once, first of all."""
 
@@ -86,7 +87,8 @@ class _State:
             stop_ids=request.sampling.stop_token_ids,
             min_tokens=request.sampling.min_tokens,
         )
-        self._filter = CallFilter(call.structure.mode)
+        self._calls = CallReader(call.structure.mode, call.structure.names, request.session)
+        self._called = False
         self._waiting: list[TokenEvent] = []
         self._prompt: list[tuple[float, Top]] = []
         self._prompt_due = request.prompt_logprobs >= 0
@@ -105,34 +107,37 @@ class _State:
         if self._choice.discard:
             return None
         self.count += 1
-        text = self._filter.push(self._text.push(event.token))
+        text = self._text.push(event.token)
         if self._choice.request.sampling.logprobs >= 0:
             self._waiting.append(event)
         if self._text.finish is not None:
             return self._last(text, self._text.finish)
-        return self._delta(text, flush=bool(text))
+        shown, calls = self._calls.push(text)
+        return self._delta(shown, calls, flush=bool(shown))
 
     def _end(self, event: EndEvent) -> Delta:
         if event.reason == "cancelled":
             raise _cancelled(self.count)
-        return self._last(self._filter.push(self._text.end()), event.reason)
+        return self._last(self._text.end(), event.reason)
 
     def _last(self, text: str, reason: str) -> Delta:
-        rest, calls = self._filter.end()
+        shown, calls = self._calls.push(text)
+        rest, more = self._calls.end()
         # A call of a function that was named ends with "stop", one that the model chose with "tool_calls".
-        chosen = bool(calls) and self._structure.mode != "named" and reason == "stop"
+        chosen = (self._called or calls or more) and self._structure.mode != "named" and reason == "stop"
         self.finish = "tool_calls" if chosen else reason
-        return self._delta(text + rest, flush=True, finish=self.finish, calls=tuple(calls))
+        return self._delta(shown + rest, [*calls, *more], flush=True, finish=self.finish)
 
-    def _delta(self, text: str, *, flush: bool, finish: str | None = None, calls: tuple[ToolCall, ...] = ()) -> Delta:
+    def _delta(self, text: str, calls: list[CallPiece], *, flush: bool, finish: str | None = None) -> Delta:
         self._offset += len(text)
+        self._called = self._called or bool(calls)
         tokens: tuple[TokenEvent, ...] = ()
         prompt = None
         if self._prompt_due:
             prompt, self._prompt_due = tuple(self._prompt), False
         if flush:
             tokens, self._waiting = tuple(self._waiting), []
-        return Delta(self._choice.index, text, tokens, self.count, self._offset, finish, calls, prompt)
+        return Delta(self._choice.index, text, tokens, self.count, self._offset, finish, tuple(calls), prompt)
 
 
 class Run:

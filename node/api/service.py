@@ -159,8 +159,8 @@ class Service(Protocol):
         """Loaded off the loop on first use.  NoRoute where its files are not here yet."""
         ...
 
-    def supports_grammar(self, model: ModelId) -> bool:
-        """Whether ``SamplingParams.grammar`` is honoured for this model."""
+    async def check_grammar(self, model: ModelId, grammar: str) -> None:
+        """RequestError where ``SamplingParams.grammar`` cannot be this one: says why.  Off the loop."""
         ...
 
     # -- generations -------------------------------------------------------------------------------------------

@@ -1,24 +1,30 @@
-"""Structured output and tool calls: requests to llguidance grammars, and generated text back to tool calls.
+"""Structured output and tool calls: from a request to a grammar, in llguidance's form, and what its calls are read by.
 
 A forced call (``tool_choice`` "required" or a function) is generated under the schema of
-``{"name": ..., "arguments": ...}``.  With "auto" the model decides; calls are found in the ``<tool_call>`` form of
-Hermes and Qwen templates.
+``{"name": ..., "arguments": ...}``.  With "auto" the model decides; where a tool says ``strict``, text is free up to
+``<tool_call>``, and from there on the schemas of the tools hold.
 """
 
 from __future__ import annotations
 
-import asyncio
-import secrets
-from typing import Any, Literal
+import re
+from collections.abc import Awaitable, Callable
+from typing import Any
 
 import msgspec
 
 from mesh.errors import RequestError
+from node.api.calls import CLOSE, OPEN, ToolMode
 
-OPEN, CLOSE = "<tool_call>", "</tool_call>"
-MAX_SCHEMA_BYTES = 262_144
+MAX_GRAMMAR_BYTES = 65_536
+"""Of all schemas of a request.  The widest object that fits compiles in 1.5 s (docs/decisions/0060)."""
+WHITESPACE = r"(\n[ \t]{0,40}| )?"
+"""Between JSON's tokens: as people and programs write it.  Without a bound a model may spend its whole answer on it."""
+NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}")
+MAX_TOOLS = 128
 
-ToolMode = Literal["none", "auto", "required", "named"]
+Check = Callable[[str], Awaitable[None]]
+"""RequestError where the model cannot be held to a grammar; param is set here."""
 
 
 class Structure(msgspec.Struct, frozen=True):
@@ -29,55 +35,107 @@ class Structure(msgspec.Struct, frozen=True):
     """For the chat template; empty where tool_choice is none."""
     mode: ToolMode = "none"
 
+    @property
+    def forced(self) -> bool:
+        """The answer is a call and nothing else."""
+        return self.mode in ("required", "named")
 
-class ToolCall(msgspec.Struct, frozen=True):
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(tool["function"]["name"] for tool in self.tools)
+
+
+class _Function(msgspec.Struct, frozen=True):
+    """A tool as its grammar needs it."""
+
     name: str
-    arguments: str
-    """JSON text, as OpenAI has it."""
-
-    def as_openai(self, index: int | None = None) -> dict[str, Any]:
-        call: dict[str, Any] = {} if index is None else {"index": index}
-        function = {"name": self.name, "arguments": self.arguments}
-        return {**call, "id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}
+    schema: dict[str, Any]
+    strict: bool
+    param: str
 
 
 async def structure_of(
     response_format: dict[str, Any] | None,
     tools: list[dict[str, Any]] | None,
     tool_choice: str | dict[str, Any] | None,
-    *,
-    supported: bool,
+    check: Check,
 ) -> Structure:
     """The grammar and tools of a request.  RequestError names what is wrong, or not supported for this model."""
     functions = _functions(tools or [])
     mode, chosen = _mode(tool_choice, functions)
-    schema, param = _schema_of(response_format), "response_format"
-    if mode in ("required", "named"):
-        if schema is not None:
-            raise RequestError("response_format cannot be combined with a forced tool call", param="tool_choice")
-        schema, param = _call_schema(chosen), "tool_choice"
-    grammar = await _grammar(schema, param, supported) if schema is not None else ""
+    schema, at = _schema_of(response_format), "response_format"
+    constrained = mode in ("required", "named") or (mode == "auto" and any(f.strict for f in chosen))
+    if constrained and schema is not None:
+        raise RequestError("response_format cannot be combined with forced or strict tools", param="tool_choice")
+    grammar = ""
+    if schema is not None:
+        grammar = await _checked(_grammar(_json(schema)), at, check)
+    elif constrained:
+        made = _grammar(_call(chosen) if mode != "auto" else _free_text_and_calls(chosen))
+        grammar = await _checked_tools(made, chosen, "tools" if mode == "auto" else "tool_choice", check)
     return Structure(grammar, () if mode == "none" else tuple(tools or ()), mode)
 
 
-async def _grammar(schema: dict[str, Any], param: str, supported: bool) -> str:
-    if not supported:
+# -- grammars ----------------------------------------------------------------------------------------------------------
+
+
+def _grammar(lark: str) -> str:
+    return msgspec.json.encode({"grammars": [{"lark_grammar": f"%llguidance {{}}\nstart: {lark}"}]}).decode()
+
+
+def _json(schema: dict[str, Any]) -> str:
+    """``schema`` as a rule; its own ``x-guidance``, the library's switches, has no say."""
+    try:
+        return "%json " + msgspec.json.encode({**schema, "x-guidance": {"whitespace_pattern": WHITESPACE}}).decode()
+    except RecursionError as error:
+        raise RequestError("the schema is nested too deeply", code="invalid_schema") from error
+
+
+def _call(functions: list[_Function]) -> str:
+    """One call of one of ``functions``."""
+    calls = [
+        {
+            "type": "object",
+            "properties": {"name": {"const": function.name}, "arguments": function.schema},
+            "required": ["name", "arguments"],
+            "additionalProperties": False,
+        }
+        for function in functions
+    ]
+    return _json(calls[0] if len(calls) == 1 else {"anyOf": calls})
+
+
+def _free_text_and_calls(functions: list[_Function]) -> str:
+    opened, free = rf"opened[lazy]: /(.|\n)*{OPEN}/", rf"FREE: /(.|\n)*/ & ~/(.|\n)*{OPEN}(.|\n)*/"
+    call = rf'opened /\n?/ call /\n?/ "{CLOSE}"'
+    return f"({call})* FREE\n{opened}\n{free}\ncall: {_call(functions)}"
+
+
+async def _checked(grammar: str, param: str, check: Check) -> str:
+    """``grammar``, once it is known that the model can be held to it."""
+    if len(grammar) > MAX_GRAMMAR_BYTES:
         raise RequestError(
-            f"{param}: constrained output is not available for this model", param=param, code="unsupported_parameter"
+            f"the schema takes {len(grammar)} bytes, of at most {MAX_GRAMMAR_BYTES}", param=param, code="invalid_schema"
         )
-    grammar = msgspec.json.encode({"grammars": [{"json_schema": schema}]}).decode()
-    if len(grammar) > MAX_SCHEMA_BYTES:
-        raise RequestError(f"the schema is larger than {MAX_SCHEMA_BYTES} bytes", param=param, code="invalid_schema")
-    fault = await asyncio.to_thread(_fault_of, grammar)
-    if fault:
-        raise RequestError(f"the schema cannot be enforced: {fault}", param=param, code="invalid_schema")
+    try:
+        await check(grammar)
+    except RequestError as error:
+        raise RequestError(f"{param}: {error}", param=param, code=error.code) from error
     return grammar
 
 
-def _fault_of(grammar: str) -> str:
-    from llguidance import LLMatcher
+async def _checked_tools(grammar: str, functions: list[_Function], param: str, check: Check) -> str:
+    """As ``_checked``; of several tools, the one whose schema is at fault is named."""
+    try:
+        return await _checked(grammar, param, check)
+    except RequestError as error:
+        if error.code == "invalid_schema" and len(grammar) <= MAX_GRAMMAR_BYTES:
+            for function in functions:
+                await _checked(_grammar(_json(function.schema)), function.param, check)
+        raise
 
-    return str(LLMatcher.validate_grammar(grammar))
+
+# -- the request's fields ----------------------------------------------------------------------------------------------
 
 
 def _schema_of(wanted: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -101,30 +159,38 @@ def _schema_of(wanted: dict[str, Any] | None) -> dict[str, Any] | None:
     return schema
 
 
-def _functions(tools: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Parameters' schema by function name."""
-    found: dict[str, dict[str, Any]] = {}
+def _functions(tools: list[dict[str, Any]]) -> list[_Function]:
+    if len(tools) > MAX_TOOLS:
+        raise RequestError(f"at most {MAX_TOOLS} tools", param="tools", code="invalid_tool")
+    found: dict[str, _Function] = {}
     for at, tool in enumerate(tools):
         function = tool.get("function") if tool.get("type") == "function" else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise RequestError(
-                f"tools[{at}] must be of type function and have a name", param=f"tools[{at}]", code="invalid_tool"
-            )
+        if not isinstance(function, dict) or not isinstance(name := function.get("name"), str):
+            raise _bad_tool(at, "must be of type function and have a name")
+        if not NAME.fullmatch(name) or name in found:
+            raise _bad_tool(at, f"needs a name of its own, of letters, digits, _, . and -: {name[:80]!r}")
         parameters = function.get("parameters")
-        found[function["name"]] = parameters if isinstance(parameters, dict) else {"type": "object"}
-    return found
+        if parameters is not None and not isinstance(parameters, dict):
+            raise _bad_tool(at, "function.parameters must be a JSON schema")
+        # What a call passes is an object, whatever else the schema says.
+        schema = {"type": "object", **(parameters or {})}
+        found[name] = _Function(name, schema, function.get("strict") is True, f"tools[{at}].function.parameters")
+    return list(found.values())
 
 
-def _mode(
-    choice: str | dict[str, Any] | None, functions: dict[str, dict[str, Any]]
-) -> tuple[ToolMode, dict[str, dict[str, Any]]]:
+def _bad_tool(at: int, why: str) -> RequestError:
+    return RequestError(f"tools[{at}] {why}", param=f"tools[{at}]", code="invalid_tool")
+
+
+def _mode(choice: str | dict[str, Any] | None, functions: list[_Function]) -> tuple[ToolMode, list[_Function]]:
     """How calls come about, and which functions may be called."""
     if isinstance(choice, dict):
-        function = choice.get("function")
-        name = function.get("name") if isinstance(function, dict) else None
-        if name not in functions:
+        inner = choice.get("function")
+        name = inner.get("name") if isinstance(inner, dict) else None
+        chosen = [function for function in functions if function.name == name]
+        if not chosen:
             raise RequestError("tool_choice names no function of tools", param="tool_choice", code="invalid_tool")
-        return "named", {str(name): functions[str(name)]}
+        return "named", chosen
     if choice not in (None, "none", "auto", "required"):
         raise RequestError(
             "tool_choice must be none, auto, required or a function", param="tool_choice", code="invalid_tool"
@@ -132,74 +198,5 @@ def _mode(
     if choice == "required" and not functions:
         raise RequestError("tool_choice required needs tools", param="tool_choice", code="invalid_tool")
     if choice == "none" or not functions:
-        return "none", {}
+        return "none", []
     return ("required" if choice == "required" else "auto"), functions
-
-
-def _call_schema(functions: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """One call of one of ``functions``."""
-    calls = [
-        {
-            "type": "object",
-            "properties": {"name": {"const": name}, "arguments": parameters},
-            "required": ["name", "arguments"],
-            "additionalProperties": False,
-        }
-        for name, parameters in functions.items()
-    ]
-    return calls[0] if len(calls) == 1 else {"anyOf": calls}
-
-
-def split_calls(text: str, mode: ToolMode) -> tuple[str, list[ToolCall]]:
-    """(plain text, calls).  Text that does not parse stays text: an answer cut by its length is shown as it is."""
-    if mode in ("required", "named"):
-        call = _read_call(text)
-        return ("", [call]) if call else (text, [])
-    if mode == "none" or OPEN not in text:
-        return text, []
-    before, *blocks = text.split(OPEN)
-    calls = [_read_call(block.split(CLOSE)[0]) for block in blocks]
-    good = [call for call in calls if call is not None]
-    return (before.rstrip(), good) if len(good) == len(calls) else (text, [])
-
-
-def _read_call(text: str) -> ToolCall | None:
-    try:
-        value = msgspec.json.decode(text.strip())
-    except (msgspec.DecodeError, RecursionError):
-        return None
-    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
-        return None
-    return ToolCall(value["name"], msgspec.json.encode(value.get("arguments") or {}).decode())
-
-
-class CallFilter:
-    """Lets a stream's text through until a tool call begins, and keeps the rest for ``split_calls``."""
-
-    def __init__(self, mode: ToolMode) -> None:
-        self._mode = mode
-        self._kept = ""
-
-    def push(self, text: str) -> str:
-        if self._mode == "none":
-            return text
-        if self._mode != "auto":
-            self._kept += text
-            return ""
-        self._kept += text
-        at = self._kept.find(OPEN)
-        if at < 0:
-            at = next(
-                (
-                    i
-                    for i in range(max(0, len(self._kept) - len(OPEN)), len(self._kept))
-                    if OPEN.startswith(self._kept[i:])
-                ),
-                len(self._kept),
-            )
-        shown, self._kept = self._kept[:at], self._kept[at:]
-        return shown
-
-    def end(self) -> tuple[str, list[ToolCall]]:
-        """The rest: text that was no call after all, or calls."""
-        return split_calls(self._kept, self._mode)

@@ -17,9 +17,11 @@ from mesh.errors import ConfigError, StalePlacement
 from mesh.types import LayerSpan, ModelId, ModelInfo
 from node.engine.pages import KvBudget
 from node.engine.sequence import EngineStats, Result, SequenceSpec, Work
+from node.text.grammar import Vocabularies
 
 if TYPE_CHECKING:
     from node.engine.loading import Prepared
+    from node.engine.masks import Guide, Masks
     from node.engine.runner import Runner
 
 
@@ -51,8 +53,9 @@ class Loaded(msgspec.Struct, frozen=True):
 class Engine:
     """One device.  All methods are for the event loop's thread; ``on_results`` is called there."""
 
-    def __init__(self, config: EngineConfig | None = None) -> None:
+    def __init__(self, config: EngineConfig | None = None, vocabularies: Vocabularies | None = None) -> None:
         self.config = config or EngineConfig()
+        self._vocabularies = vocabularies or Vocabularies()
         self.on_results: Callable[[list[Result]], None] = lambda results: None
         self.hardware = ""
         """Nodes of one hardware class replay to the same bits; known once a span is loaded."""
@@ -62,7 +65,9 @@ class Engine:
         self._open: dict[str, SequenceSpec] = {}
         self._loaded: dict[ModelId, Loaded] = {}
         self._loading = asyncio.Lock()
+        self._folders: dict[ModelId, Path] = {}
         self._runner: Runner | None = None
+        self._masks: Masks | None = None
 
     # -- spans ---------------------------------------------------------------------------------------------------------
 
@@ -108,6 +113,7 @@ class Engine:
             self.hardware = prepared.hardware
         assert shard is not None
         self._narrow(model.id, span)
+        self._folders[model.id] = folder
         await self._on_thread(runner.install, model.id, shard, mode, wanted)
         layer_bytes = tuple(known[i] for i in range(span.start, span.end))
         self._loaded[model.id] = Loaded(span, mode, same, layer_bytes, why)
@@ -169,6 +175,8 @@ class Engine:
         if self._runner is not None:
             self._runner.stop()
             await asyncio.to_thread(self._runner.join)
+        if self._masks is not None:
+            self._masks.stop()
 
     # -- sequences -----------------------------------------------------------------------------------------------------
 
@@ -184,7 +192,16 @@ class Engine:
         a, b = spec.start - loaded.span.start, spec.end - loaded.span.start
         self._budget.reserve(spec.key, spec.max_positions, sum(loaded.layer_bytes[a:b]))
         self._open[spec.key] = spec
-        self._runner.post(self._runner.open, spec)
+        self._runner.post(self._runner.open, spec, self._guide(spec))
+
+    def _guide(self, spec: SequenceSpec) -> Guide | None:
+        if spec.sampling is None or not spec.sampling.grammar:
+            return None
+        if self._masks is None:
+            from node.engine.masks import Masks
+
+            self._masks = Masks(self._vocabularies)
+        return self._masks.guide(self._folders[spec.model], spec.sampling.grammar)
 
     def submit(self, work: Work) -> None:
         """Queue ``work`` behind what is queued of its sequence.  A fault in it comes back as ``Result.error``."""

@@ -17,6 +17,7 @@ import torch
 
 from mesh.types import ModelId
 from node.engine.holding import Holding, failure, pieces_of
+from node.engine.masks import Guide, NoMask
 from node.engine.scheduler import Group, Pace, StepPlan, plan_step
 from node.engine.sequence import Result, Sequence, SequenceSpec, Work
 from node.engine.shard import Shard
@@ -85,13 +86,13 @@ class Runner:
 
     def _take_in(self) -> None:
         """Run what was posted; with nothing to compute, wait for it."""
-        idle = not any(s.queue for s in self._sequences.values())
+        idle = not any(s.ready for s in self._sequences.values())
         while idle or not self._inbox.empty():
             call, args = self._inbox.get()
             call(*args)
             if self._stopping:
                 return
-            idle = idle and self._inbox.empty() and not any(s.queue for s in self._sequences.values())
+            idle = idle and self._inbox.empty() and not any(s.ready for s in self._sequences.values())
 
     def _stop(self) -> None:
         self._stopping = True
@@ -133,7 +134,7 @@ class Runner:
 
     # -- what is posted ------------------------------------------------------------------------------------------------
 
-    def open(self, spec: SequenceSpec) -> None:
+    def open(self, spec: SequenceSpec, guide: Guide | None = None) -> None:
         holding = self._models[spec.model]
         self._arrivals += 1
         shard = holding.shard
@@ -142,6 +143,23 @@ class Runner:
         sequence = Sequence(spec, self._arrivals, row_bytes, vocabulary)
         holding.open(sequence)
         self._sequences[spec.key] = sequence
+        if guide is not None:
+            guide.size = vocabulary
+            guide.post = lambda found: self.post(self.take_mask, sequence, guide, found)
+            sequence.guide = guide
+            sequence.expect(len(spec.tokens))
+
+    def take_mask(self, sequence: Sequence, guide: Guide, found: torch.Tensor | NoMask) -> None:
+        """A mask was made, or cannot be: then the sequence ends, at the latest when it is to draw."""
+        guide.take(found)
+        if guide.error is not None and sequence.queue and self._sequences.get(sequence.spec.key) is sequence:
+            self._fail(sequence, sequence.queue[0], guide.error.why)
+
+    def _fail(self, sequence: Sequence, work: Work, why: str) -> None:
+        sequence.failed = why
+        sequence.queue.clear()
+        final = sequence.guide is not None and sequence.guide.error is not None and sequence.guide.error.final
+        self._deliver([Result(work.key, work.tag, work.start, work.n, error=why, final=final)])
 
     def submit(self, work: Work) -> None:
         sequence = self._sequences.get(work.key)
@@ -149,9 +167,7 @@ class Runner:
             return
         why = sequence.refusal(work)
         if why:
-            sequence.failed = why
-            sequence.queue.clear()
-            self._deliver([Result(work.key, work.tag, work.start, work.n, error=why)])
+            self._fail(sequence, work, why)
         else:
             sequence.push(work)
 

@@ -8,7 +8,7 @@ operation works on rows apart, so that a row's token does not depend on the batc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -44,18 +44,21 @@ class Row:
         position: int,
         tokens: Sequence[int] = (),
         prompt_length: int = 0,
-        allowed: Callable[[Sequence[int]], torch.Tensor] | None = None,
+        allowed: torch.Tensor | None = None,
     ) -> None:
         self.params, self.position, self.prompt_length = params, position, prompt_length
         self.tokens = tokens
         self.allowed = allowed
-        """A grammar: tokens generated so far -> bool [V] of what may follow."""
+        """By the grammar: bool [V], at least one of them True; ``None``: every token."""
 
     @staticmethod
     def of(sequence: Open, position: int) -> Row:
         """The row behind ``position - 1`` of ``sequence``."""
-        assert sequence.spec.sampling is not None, sequence.spec.key
-        return Row(sequence.spec.sampling, position, sequence.tokens[:position], sequence.spec.prompt_length)
+        spec, guide = sequence.spec, sequence.guide
+        assert spec.sampling is not None, spec.key
+        assert guide is None or (guide.mask is not None and guide.position == position), (spec.key, position)
+        mask = guide.mask if guide else None
+        return Row(spec.sampling, position, sequence.tokens[:position], spec.prompt_length, mask)
 
 
 @torch.inference_mode()
@@ -83,7 +86,7 @@ def draw(logits: torch.Tensor, rows: Sequence[Row]) -> list[Sampled]:
 def _shapes(row: Row) -> bool:
     p = row.params
     penalized = p.presence_penalty or p.frequency_penalty or p.repetition_penalty != 1.0
-    return bool(penalized or p.logit_bias or row.allowed or _too_short(row))
+    return bool(penalized or p.logit_bias or row.allowed is not None or _too_short(row))
 
 
 def _too_short(row: Row) -> bool:
@@ -98,7 +101,7 @@ def _shape(scores: torch.Tensor, row: Row) -> None:
     p = row.params
     size = scores.shape[0]
     if p.repetition_penalty != 1.0 and row.tokens:
-        seen = torch.tensor(sorted({t for t in row.tokens if t < size}), dtype=torch.long)
+        seen = torch.tensor(sorted({t for t in row.tokens if 0 <= t < size}), dtype=torch.long)
         known = scores[seen]
         scores[seen] = torch.where(known > 0, known / p.repetition_penalty, known * p.repetition_penalty)
     generated = row.tokens[row.prompt_length :]
@@ -106,12 +109,12 @@ def _shape(scores: torch.Tensor, row: Row) -> None:
         counts = torch.bincount(torch.tensor(generated, dtype=torch.long), minlength=size)[:size]
         scores -= p.frequency_penalty * counts + p.presence_penalty * (counts > 0)
     for token, bias in p.logit_bias.items():
-        if token < size:
+        if 0 <= token < size:
             scores[token] += bias
     if _too_short(row):
-        scores[[t for t in p.stop_token_ids if t < size]] = float("-inf")
+        scores[[t for t in p.stop_token_ids if 0 <= t < size]] = float("-inf")
     if row.allowed is not None:
-        scores.masked_fill_(~row.allowed(generated), float("-inf"))
+        scores.masked_fill_(~row.allowed, float("-inf"))
 
 
 # -- picking -----------------------------------------------------------------------------------------------------------
@@ -141,7 +144,10 @@ def _from_ordered(
     top_p = torch.tensor([row.params.top_p for row in rows], dtype=torch.float64)[:, None]
     min_p = torch.tensor([row.params.min_p for row in rows], dtype=torch.float64)[:, None]
     kept = (
-        (torch.arange(width) < top_k) & ((sums - chances < top_p) | (top_p >= 1)) & (chances >= min_p * chances[:, :1])
+        (torch.arange(width) < top_k)
+        & ((sums - chances < top_p) | (top_p >= 1))
+        & (chances >= min_p * chances[:, :1])
+        & (chances > 0)  # what a grammar forbids is not drawn even where rounding reaches the end of the sums
     )
     kept[:, 0] = True
     count = kept.sum(-1)

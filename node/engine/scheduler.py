@@ -57,16 +57,16 @@ def plan_step(sequences: Iterable[Sequence], step_rows: int, chunk_rows: int) ->
     ago, chunks to whoever came first.
     """
     everyone = list(sequences)
-    ready = [s for s in everyone if s.queue]
-    singles = sorted((s for s in ready if s.wanted == 1), key=lambda s: (_RANK[s.spec.priority], s.served, s.arrival))
-    longer = sorted((s for s in ready if s.wanted > 1), key=lambda s: (_RANK[s.spec.priority], s.arrival))
+    ready = [s for s in everyone if s.ready]
+    singles = sorted((s for s in ready if s.ready == 1), key=lambda s: (_RANK[s.spec.priority], s.served, s.arrival))
+    longer = sorted((s for s in ready if s.ready > 1), key=lambda s: (_RANK[s.spec.priority], s.arrival))
     reserved = min(chunk_rows, step_rows // 2) if longer else 0
     chosen = [(s, 1) for s in _micro_batch(singles, everyone)[: step_rows - reserved]]
     left = min(chunk_rows, step_rows - len(chosen))
     for sequence in longer:
         if left <= 0:
             break
-        n = min(sequence.wanted, left)
+        n = min(sequence.ready, left)
         chosen.append((sequence, n))
         left -= n
     return _grouped(chosen)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from mesh.types import ModelId, Priority, SamplingParams
+
+if TYPE_CHECKING:
+    from node.engine.masks import Guide
 
 TokenScore = tuple[float, tuple[tuple[int, float], ...]]
 """(log-probability of a token, the most likely tokens at its place with theirs)."""
@@ -75,6 +79,8 @@ class Result(msgspec.Struct, frozen=True):
     """Of tokens start + 1, start + 2, ...; the last row's is missing where its follower is not known."""
     error: str = ""
     """Not empty: nothing was computed, and the sequence can only be closed."""
+    final: bool = False
+    """Of an error: any other node would come to the same."""
 
 
 class EngineStats(msgspec.Struct, frozen=True):
@@ -117,6 +123,8 @@ class Sequence:
         self.failed = ""
         self.state: object = None
         """What the shard keeps for it (an extent of its cache, or a cache of its own)."""
+        self.guide: Guide | None = None
+        """At the sampler, where the answer has a grammar."""
 
     @property
     def end(self) -> int:
@@ -129,10 +137,18 @@ class Sequence:
         """Rows of the first queued work that are still to be computed."""
         return self.queue[0].n - self.taken if self.queue else 0
 
+    @property
+    def ready(self) -> int:
+        """Of ``wanted``, the rows that a step may take now: one to draw from waits for its grammar's mask."""
+        waits = self.guide is not None and self.guide.mask is None and self.queue and self.queue[0].sample
+        return self.wanted - 1 if waits else self.wanted
+
     def refusal(self, work: Work) -> str:
         """Why ``work`` cannot be queued; empty: it can."""
         if self.failed:
             return self.failed
+        if work.sample and self.guide and self.guide.error and self.guide.position == work.start + work.n:
+            return self.guide.error.why
         if work.n < 1 or work.start != self.end:
             return f"positions [{work.start}, {work.start + work.n}) do not follow {self.end}"
         if work.start + work.n > self.spec.max_positions:
@@ -155,6 +171,8 @@ class Sequence:
         """Queue ``work``, which follows what is queued already."""
         self.decoding = work.n == 1 and work.start > 0
         self.queue.append(work)
+        if work.sample:
+            self.expect(work.start + work.n)
 
     def advance(self, n: int, step: int) -> None:
         """``n`` rows of the first work were computed in ``step``."""
@@ -170,15 +188,21 @@ class Sequence:
         """Token number ``position`` is ``token`` from now on; what was known past it is void."""
         del self.tokens[position:]
         self.tokens.append(token)
+        self.expect(position + 1)
+
+    def expect(self, position: int) -> None:
+        """Token number ``position`` is drawn next: its grammar's mask can be made meanwhile."""
+        if self.guide is not None and self.guide.position != position:
+            self.guide.ask(position, self.tokens[self.spec.prompt_length : position])
 
     def cut(self, length: int) -> None:
         """Keep positions [0, length), and the queued work before ``length``.
 
-        The token numbered ``length`` stays: it is the input of the next position.
+        All tokens stay: those of a prompt that was not computed to its end are not told again, and what was drawn past
+        ``length`` is replaced when it is drawn again.
         """
         keep = [work for work in self.queue if work.start + work.n <= length]
         if self.queue and (not keep or keep[0] is not self.queue[0]):
             self.taken = 0
         self.queue = deque(keep)
         self.length = min(self.length, length)
-        del self.tokens[length + 1 :]

@@ -12,6 +12,7 @@ cannot fit (``least``) unread, long work goes to few threads, and encoding there
 from __future__ import annotations
 
 import asyncio
+import copy
 import functools
 import json
 import threading
@@ -89,6 +90,16 @@ class Tokenizer:
         if len(word) == 6 and word.startswith("<0x") and word.endswith(">"):
             return bytes([int(word[3:5], 16)])
         return str(word).replace("\u2581", " ").encode()
+
+    def to_json(self) -> str:
+        """As a tokenizer.json file has it, added tokens included; for libraries that read such.  RequestError: one in
+        plain Python has no such form."""
+        if self._rust is None:
+            raise RequestError("this model's tokenizer is not a fast one", code="unsupported_parameter")
+        plain = copy.copy(self._rust)
+        plain.no_padding()
+        plain.no_truncation()
+        return str(plain.to_str())
 
     def chat(
         self,

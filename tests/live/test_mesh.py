@@ -187,7 +187,8 @@ def test_garbage_on_the_doors_changes_nothing(llama_mesh: LocalMesh) -> None:
         ({"max_tokens": -1}, 400, None),
         ({"prompt": [3] * 5000}, 400, "context_length_exceeded"),
         ({"prompt": [3, None]}, 400, None),
-        ({"mesh": {"allowed_nodes": ["nobody"]}}, 503, "no_route"),
+        # No node of that name will ever come up: a mistake, not a route that is missing now.
+        ({"mesh": {"allowed_nodes": ["nobody"]}}, 400, "node_not_found"),
     ],
 )
 def test_bad_requests_get_a_clear_body(

@@ -360,13 +360,19 @@ async def test_the_sessions_deadline_rings(world: World) -> None:
 
 @pytest.mark.parametrize(
     ("code", "kind"),
-    [("busy", CapacityError), ("no_route", NoRoute), ("session_lost", SessionLost), ("timeout", SessionLost)],
+    [
+        ("busy", CapacityError),
+        ("no_route", NoRoute),
+        ("session_lost", SessionLost),
+        ("timeout", SessionLost),
+        ("dead_end", RequestError),
+    ],
 )
 def test_each_failure_is_an_error_of_the_tree(code: Any, kind: type[MeshError]) -> None:
     error = module._last_of(core.Failed(code, "why", 7.0))
     assert (type(error), str(error)) == (kind, "why")
     assert isinstance(error, MeshError)
-    assert error.code == {"busy": "rate_limit_exceeded"}.get(code, code)
+    assert error.code == {"busy": "rate_limit_exceeded", "dead_end": "grammar_dead_end"}.get(code, code)
     assert not isinstance(error, CapacityError) or error.retry_after_s == 7.0
 
 

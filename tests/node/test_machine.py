@@ -17,6 +17,7 @@ from node import machine
 from node.config import NodeConfig
 from node.engine.sequence import EngineStats
 from node.machine import Machine, NoEngine
+from node.text.grammar import Vocabularies
 from tests.mesh.exhaustive import model
 
 GIB = 1 << 30
@@ -47,7 +48,7 @@ def test_which_roles_hold_layers(role: Role, holds: bool) -> None:
     made = Machine(NodeConfig(role=role, memory=GIB), 0.0, 0.0)
     assert made.holds_layers is machine.holds_layers(NodeConfig(role=role)) is holds
     assert (made.kv_bytes > 0) is holds
-    assert holds or isinstance(made.make_engine(NodeConfig(role=role)), NoEngine)
+    assert holds or isinstance(made.make_engine(NodeConfig(role=role), Vocabularies()), NoEngine)
 
 
 def test_threads() -> None:

@@ -236,6 +236,17 @@ def test_any_other_refusal_loses_the_hop(code: str) -> None:
     assert need(owner.refused(2, code)) == s.NeedRoute(ROUTE.hops[:2], ("c",))
 
 
+def test_what_no_sampler_can_draw_ends_the_session_and_only_the_sampler_may_say_so() -> None:
+    owner = Owner().open()
+    owner.token()
+    assert need(owner.refused(0, "dead_end")).exclude == ("a",)
+    owner = Owner().open()
+    owner.token()
+    end = failed(effects := owner.refused(2, "dead_end"))
+    assert (end.code, end.why.split(";")[0]) == ("dead_end", "it is dead_end")
+    assert released(effects) == ["a", "b", "c"]
+
+
 def test_a_hop_that_is_full_later_is_lost() -> None:
     owner = Owner().open()
     owner.token()

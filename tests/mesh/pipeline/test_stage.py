@@ -718,12 +718,13 @@ def test_a_release_by_another_is_refused() -> None:
     assert len(hopper.core.sessions()) == 1
 
 
-def test_an_engines_error_ends_the_session_here() -> None:
+@pytest.mark.parametrize(("final", "code"), [(False, "failed"), (True, "dead_end")])
+def test_an_engines_error_ends_the_session_here(final: bool, code: Any) -> None:
     hopper = Hopper(1)
     hopper.forward(0, 1)
     work = hopper.work[0]
-    effects = hopper.core.computed([s.Computed(work.key, work.tag, 0, 1, error="bad rows")], 0.0)
-    assert sends(effects) == [(OWNER, m.Refused("s", (1, OWNER), 1, "failed", "bad rows"))]
+    effects = hopper.core.computed([s.Computed(work.key, work.tag, 0, 1, error="bad rows", final=final)], 0.0)
+    assert sends(effects) == [(OWNER, m.Refused("s", (1, OWNER), 1, code, "bad rows"))]
     assert events(effects) == [s.Free(hopper.key)]
     assert hopper.core.computed([s.Computed(work.key, work.tag, 0, 1, error="bad rows")], 0.0) == []
 

@@ -9,7 +9,7 @@ import pytest
 
 from mesh.types import SamplingParams
 from node.api.service import Recovery
-from tests.fakes import logprob_of, make_tokenizer
+from tests.fakes import logprob_of, make_tokenizer, vocabulary_of
 from tests.node.api.conftest import Http, chat_body
 
 REPLY = "Hello there, how are you?"
@@ -163,6 +163,14 @@ def reply(http: Http, text: str) -> None:
     http.service.script = lambda request: [*tokenizer.encode(text, special=False), 1]
 
 
+def schema_in(grammar: str) -> dict[str, Any]:
+    """The JSON schema that a grammar is made of."""
+    (made,) = msgspec.json.decode(grammar)["grammars"]
+    schema = msgspec.json.decode(made["lark_grammar"].partition("start: %json ")[2])
+    assert "whitespace_pattern" in schema.pop("x-guidance")
+    return dict(schema)
+
+
 @pytest.mark.parametrize(
     ("wanted", "schema"),
     [({"type": "json_object"}, {"type": "object"}),
@@ -171,8 +179,7 @@ def reply(http: Http, text: str) -> None:
 async def test_response_format_becomes_a_grammar(http: Http, wanted: dict[str, Any], schema: dict[str, Any]) -> None:
     status, _ = await http.chat(response_format=wanted)
     assert status == 200
-    grammar = msgspec.json.decode(http.service.opened[0].request.sampling.grammar)
-    assert grammar == {"grammars": [{"json_schema": schema}]}
+    assert schema_in(http.service.opened[0].request.sampling.grammar) == schema
 
 
 async def test_a_forced_call_is_generated_under_its_schema(http: Http) -> None:
@@ -182,10 +189,11 @@ async def test_a_forced_call_is_generated_under_its_schema(http: Http) -> None:
         assert status == 200
         message = body["choices"][0]["message"]
         assert message["content"] is None
-        assert message["tool_calls"][0]["function"] == {"name": "weather", "arguments": '{"city":"Rome"}'}
+        assert message["tool_calls"][0]["function"] == {"name": "weather", "arguments": '{"city": "Rome"}'}
         assert message["tool_calls"][0]["type"] == "function"
         assert body["choices"][0]["finish_reason"] == finish
-    assert '"const":"weather"' in http.service.opened[0].request.sampling.grammar
+    schema = schema_in(http.service.opened[0].request.sampling.grammar)
+    assert schema["properties"]["name"] == {"const": "weather"}
 
 
 async def test_a_call_of_the_models_own_choice(http: Http) -> None:
@@ -220,3 +228,98 @@ async def test_structure_is_refused_by_name_where_it_cannot_be_enforced(http: Ht
         response_format={"type": "json_schema", "json_schema": {"schema": {"type": "nonsense"}}}
     )
     assert (status, body["error"]["code"]) == (400, "invalid_schema")
+
+
+STRICT = {"type": "function", "function": {
+    "name": "say", "strict": True,
+    "parameters": {"type": "object", "properties": {"word": {"enum": ["a", "b"]}}, "required": ["word"],
+                   "additionalProperties": False}}}  # fmt: skip
+
+
+def _chunks(events: list[tuple[str, Any]]) -> list[dict[str, Any]]:
+    return [data for _, data in events if isinstance(data, dict)]
+
+
+async def test_a_streamed_call_has_its_name_first_and_its_arguments_in_pieces(http: Http) -> None:
+    reply(http, '{"name": "weather", "arguments": {"city": "Rome", "days": [1, 2]}}')
+    for choice, finish in ((NAMED, "stop"), ("required", "tool_calls")):
+        chunks = _chunks(
+            await http.stream("/v1/chat/completions", chat_body(stream=True, tools=[WEATHER], tool_choice=choice))
+        )
+        deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
+        assert deltas[0] == {"role": "assistant", "content": None}
+        calls = [delta["tool_calls"] for delta in deltas if "tool_calls" in delta]
+        assert all(len(entries) == 1 and entries[0]["index"] == 0 for entries in calls)
+        first, rest = calls[0][0], [entries[0] for entries in calls[1:]]
+        assert first["type"] == "function"
+        assert first["function"] == {"name": "weather", "arguments": ""}
+        assert all(set(entry) == {"index", "function"} and set(entry["function"]) == {"arguments"} for entry in rest)
+        assert "".join(entry["function"]["arguments"] for entry in rest) == '{"city": "Rome", "days": [1, 2]}'
+        assert len(rest) > 3
+        assert not any(delta.get("content") for delta in deltas)
+        assert [chunk["choices"][0]["finish_reason"] for chunk in chunks][-1] == finish
+        assert first["id"].startswith("call_")
+
+
+async def test_a_call_cut_by_max_tokens_is_a_call_with_what_there_is(http: Http) -> None:
+    reply(http, '{"name": "weather", "arguments": {"city": "Rome", "days": [1, 2]}}')
+    _, body = await http.chat(tools=[WEATHER], tool_choice=NAMED, max_tokens=30)
+    choice = body["choices"][0]
+    assert choice["finish_reason"] == "length"
+    arguments = choice["message"]["tool_calls"][0]["function"]["arguments"]
+    assert '{"city": "Rome", "days": [1, 2]}'.startswith(arguments)
+
+
+async def test_a_strict_tool_holds_the_models_own_calls_to_its_schema(http: Http) -> None:
+    await http.chat(tools=[WEATHER])
+    assert http.service.opened[-1].request.sampling.grammar == ""
+    await http.chat(tools=[WEATHER, STRICT])
+    tokenizer, grammar = make_tokenizer(), http.service.opened[-1].request.sampling.grammar
+    vocabulary = vocabulary_of(tokenizer)
+    for text, fits in (
+        ("No need for it: <tool", True),
+        ('See: <tool_call>\n{"name": "say", "arguments": {"word": "b"}}\n</tool_call> and so on', True),
+        ('<tool_call>{"name": "weather", "arguments": {"any": [1]}}</tool_call>', True),
+        ('<tool_call>{"name": "say", "arguments": {"word": "c"}}', False),
+        ('<tool_call>{"name": "shout"', False),
+    ):
+        allowed, ids = vocabulary.start(grammar), tokenizer.encode(text, special=False)
+        masks = (allowed.after(ids[:at])[token >> 3] >> (token & 7) & 1 for at, token in enumerate(ids))
+        assert all(masks) == fits, text
+
+
+@pytest.mark.parametrize(
+    ("change", "param", "code"),
+    [
+        ({"tools": [WEATHER, {"type": "function", "function": {"name": "x", "parameters": {"type": "no"}}}],
+          "tool_choice": "required"}, "tools[1].function.parameters", "invalid_schema"),
+        ({"tools": [WEATHER, WEATHER]}, "tools[1]", "invalid_tool"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0]", "invalid_tool"),
+        ({"tools": [{"type": "function", "function": {"name": "a", "parameters": 3}}]}, "tools[0]", "invalid_tool"),
+        ({"tools": [STRICT], "response_format": {"type": "json_object"}}, "tool_choice", "invalid_request"),
+        ({"response_format": {"type": "json_object"}, "ignore_eos": True}, "ignore_eos", "invalid_request"),
+        ({"response_format": {"type": "json_object"}, "min_tokens": 3}, "min_tokens", "invalid_request"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"enum": ["x" * 70_000]}}}},
+         "response_format", "invalid_schema"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"oneOf": [{"type": "object"}] * 2}}}},
+         "response_format", "invalid_schema"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"pattern": "(?=a)"}}}},
+         "response_format", "invalid_schema"),
+        ({"logit_bias": {"1000": 1}}, "logit_bias", "invalid_token"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids", "invalid_token"),
+    ],
+)  # fmt: skip
+async def test_what_is_wrong_with_a_structured_request_is_named(
+    http: Http, change: dict[str, Any], param: str, code: str
+) -> None:
+    status, body = await http.chat(**change)
+    assert (status, body["error"]["param"], body["error"]["code"]) == (400, param, code)
+    assert not http.service.opened
+
+
+async def test_a_schema_that_is_nested_without_end_is_refused(http: Http) -> None:
+    schema: dict[str, Any] = {"type": "string"}
+    for _ in range(400):
+        schema = {"type": "array", "items": schema}
+    status, body = await http.chat(response_format={"type": "json_schema", "json_schema": {"schema": schema}})
+    assert (status, body["error"]["type"]) == (400, "invalid_request_error")

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from tests.fakes import make_tokenizer
 from tests.node.api.conftest import Http
 
 openai = pytest.importorskip("openai")
@@ -31,6 +32,36 @@ async def test_chat(sdk: Any) -> None:
     chunks = [chunk async for chunk in stream]
     assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == REPLY
     assert chunks[-1].usage.completion_tokens > 0
+
+
+async def test_tool_calls(sdk: Any, http: Http) -> None:
+    parameters = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": parameters}}]
+    script = make_tokenizer().encode('{"name": "weather", "arguments": {"city": "Rome"}}', special=False)
+    http.service.script = lambda request: [*script, 1]
+    wanted = {
+        "model": "demo",
+        "messages": [{"role": "user", "content": "Hi"}],
+        "tools": tools,
+        "tool_choice": "required",
+    }
+    answer = await sdk.chat.completions.create(**wanted)
+    (call,) = answer.choices[0].message.tool_calls
+    assert (call.function.name, call.function.arguments) == ("weather", '{"city": "Rome"}')
+    assert (answer.choices[0].finish_reason, answer.choices[0].message.content) == ("tool_calls", None)
+    async with sdk.chat.completions.stream(**wanted) as stream:
+        events = [event async for event in stream]
+        final = await stream.get_final_completion()
+    done = [event for event in events if event.type == "tool_calls.function.arguments.done"]
+    assert [(event.name, event.arguments) for event in done] == [("weather", '{"city": "Rome"}')]
+    assert final.choices[0].message.tool_calls[0].function.arguments == '{"city": "Rome"}'
+    response = await sdk.responses.create(
+        model="demo", input="Hi", tools=[{"type": "function", "name": "weather", "parameters": parameters}],
+        tool_choice="required",
+    )  # fmt: skip
+    assert [(item.name, item.arguments) for item in response.output if item.type == "function_call"] == [
+        ("weather", '{"city": "Rome"}')
+    ]
 
 
 async def test_completions_and_models(sdk: Any) -> None:

@@ -81,7 +81,7 @@ async def test_calls_and_their_results(http: Http) -> None:
     http.service.script = lambda request: [*make_tokenizer().encode(text, special=False), 1]
     events = await stream(http, tools=[TOOL])
     call = events[-1]["response"]["output"][1]
-    assert (call["type"], call["name"], call["arguments"]) == ("function_call", "weather", '{"city":"Rome"}')
+    assert (call["type"], call["name"], call["arguments"]) == ("function_call", "weather", '{"city": "Rome"}')
     items = [
         {"role": "user", "content": "Hi"},
         {"type": "function_call", "call_id": "c1", "name": "weather", "arguments": "{}"},

@@ -162,12 +162,30 @@ def test_stop_tokens_wait_for_min_tokens() -> None:
 
 
 def test_a_grammars_mask_is_obeyed() -> None:
-    def allowed(generated: object) -> torch.Tensor:
-        assert generated == [8, 9]
-        return torch.tensor([False, False, True])
+    allowed = torch.tensor([False, False, True])
+    for params in (PLAIN, SamplingParams(temperature=0.0), SamplingParams(top_k=2, logit_bias={0: 100.0})):
+        row = Row(params, 4, [1, 2, 8, 9], 2, allowed)
+        assert draw(torch.tensor([[9.0, 9.0, -9.0]]), [row])[0].token == 2
 
-    row = Row(SamplingParams(temperature=1.0), 4, [1, 2, 8, 9], 2, allowed)
-    assert draw(torch.tensor([[9.0, 9.0, -9.0]]), [row])[0].token == 2
+
+def test_what_a_mask_forbids_is_never_drawn() -> None:
+    """Among many tokens, with the number drawn at the very end of the sums as well."""
+    logits = torch.randn(600, generator=torch.Generator().manual_seed(8)) * 4
+    allowed = torch.zeros(600, dtype=torch.bool)
+    allowed[::40] = True
+    for params in (SamplingParams(seed=1), SamplingParams(seed=2, top_p=0.9), SamplingParams(seed=3, top_k=300)):
+        rows = [Row(params, position, allowed=allowed) for position in range(2000)]
+        assert all(s.token % 40 == 0 for s in draw(logits.expand(2000, -1), rows))
+
+
+def test_a_masked_row_is_drawn_by_its_own_chances(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.tensor([3.0, 1.0, 2.0, 0.5])
+    allowed = torch.tensor([False, True, False, True])
+    rows = [Row(PLAIN, position, allowed=allowed) for position in range(4000)]
+    counts = torch.bincount(torch.tensor([s.token for s in draw(logits.expand(4000, -1), rows)]), minlength=4)
+    assert chi_square(counts, logits.masked_fill(~allowed, float("-inf")).softmax(-1)) < limit(2)
+    monkeypatch.setattr("node.engine.sampler.uniform", lambda seed, position: 1.0 - 2**-53)
+    assert draw(logits[None], [Row(PLAIN, 1, allowed=allowed)])[0].token == 3
 
 
 def test_logprobs_are_those_of_the_raw_logits() -> None:
