@@ -10,6 +10,8 @@ from typing import Any
 
 from gossip import config as presets
 from gossip.config import GossipConfig
+from gossip.events import ProfileChanged
+from mesh.types import NodeProfile
 from node.security.keyring import OVERHEAD
 from scripts.figures import spread
 from tests.sim.gossip_checks import GossipChecks
@@ -24,8 +26,8 @@ PRESETS: dict[str, Callable[[], GossipConfig]] = {
 }
 UDP, TCP, SEGMENT, TLS = 28, 40, 1448, 29
 """Bytes of headers of a datagram and of a segment (IPv4), payload of a segment, one TLS record with our frame."""
-SPACING_S = 0.75
-"""Between two crashes.  What spreads of one competes with what spreads of those before it; further apart is easier."""
+SPACING_S = 1.5
+"""Between two crashes.  What spreads of one competes with what spreads of those before: closer together is harder."""
 
 
 @contextlib.contextmanager
@@ -104,14 +106,15 @@ def crashes(
     loss: float,
     checked: bool,
     tell: Callable[[str], None] = lambda line: None,
+    spacing_s: float = SPACING_S,
 ) -> dict[str, list[float]]:
-    """One power cut every ``SPACING_S`` until ``count`` of ``n`` members are gone.  ``tell`` hears now and then."""
+    """One power cut every ``spacing_s`` until ``count`` of ``n`` members are gone.  ``tell`` hears now and then."""
     world = warm_world(n, seed, config, NetParams(loss=loss))
     watch = Watch(world)
     with checking(world, checked):
         world.run(10.0)
         for victim in world.rng_for("victims").sample(list(world.nodes), count):
-            world.run(world.now + SPACING_S)
+            world.run(world.now + spacing_s)
             watch.crash(victim)
             if len(watch.crashed) % 20 == 0:
                 found = [seconds for seconds in watch.times()["dead"] if seconds < math.inf]
@@ -169,6 +172,35 @@ def joins(n: int, seed: int, config: GossipConfig, checked: bool, limit_s: float
     with checking(world, checked):
         world.run(limit_s, stop=lambda: len(full) == n)
     return [*full.values(), *[math.inf] * (n - len(full))]
+
+
+# -- profiles
+
+
+def profile_spread(n: int, seed: int, config: GossipConfig, count: int = 10) -> list[float]:
+    """``count`` members publish a profile of 1 KB each, one a second: seconds until all others hold it."""
+    world = warm_world(n, seed, config)
+    publishers = world.rng_for("publishers").sample(list(world.nodes), count)
+    published: dict[str, float] = {}
+    missing = {node: n - 1 for node in publishers}
+    times: list[float] = []
+
+    def look(world: World, observer: str) -> None:
+        for effect in world.effects:
+            event = getattr(effect, "event", None)
+            if type(event) is ProfileChanged and event.node in missing:
+                missing[event.node] -= 1
+                if not missing[event.node]:
+                    times.append(world.now - published[event.node])
+
+    world.after_step.append(look)
+    for node in publishers:
+        world.run(world.now + 1.0)
+        published[node] = world.now
+        profile = NodeProfile(name=node[:8], hardware="x" * 900)
+        world.do(node, lambda core, now, profile=profile: core.set_profile(profile, now))
+    world.run(world.now + 60.0, stop=lambda: len(times) == count)
+    return [*times, *[math.inf] * (count - len(times))]
 
 
 # -- Q4, Q5, Q6: false positives
@@ -242,8 +274,9 @@ class Runs:
         count: int,
         minutes: float,
         tell: Callable[[str], None] = lambda line: None,
+        spacing_s: float = SPACING_S,
     ) -> None:
-        self.tell = tell
+        self.tell, self.spacing_s = tell, spacing_s
         self.n, self.seed, self.count, self.minutes = n, seed, min(count, n // 5), minutes
         self.preset, self.compare = preset, compare and preset != "memberlist"
         self.config = PRESETS[preset]()
@@ -253,9 +286,11 @@ class Runs:
         return {"memberlist preset, same run": what(presets.memberlist())} if self.compare else otherwise
 
     def q1(self) -> dict[str, Any]:
-        times = crashes(self.n, self.seed, self.config, self.count, 0.0, self.checked, self.tell)
+        times = crashes(self.n, self.seed, self.config, self.count, 0.0, self.checked, self.tell, self.spacing_s)
         anchor = self._anchor(
-            lambda other: spread(crashes(self.n, self.seed, other, self.count, 0.0, False)["dead"], 0, 0)["value"],
+            lambda other: spread(
+                crashes(self.n, self.seed, other, self.count, 0.0, False, spacing_s=self.spacing_s)["dead"], 0, 0
+            )["value"],
             "memberlist LAN 13.7 s median, 17.5 s p99 [model]",
         )
         what = f"first detection (dead) of a crash, N = {self.n}, {self.count} crashes"
@@ -263,9 +298,11 @@ class Runs:
         return {"what": what, **spread(times["dead"], 5.0, 8.0), "anchor": anchor, "first_suspect": first}
 
     def q3(self) -> dict[str, Any]:
-        times = crashes(self.n, self.seed, self.config, self.count, 0.1, self.checked, self.tell)
+        times = crashes(self.n, self.seed, self.config, self.count, 0.1, self.checked, self.tell, self.spacing_s)
         anchor = self._anchor(
-            lambda other: spread(crashes(self.n, self.seed, other, self.count, 0.1, False)["spread"], 0, 0)["value"],
+            lambda other: spread(
+                crashes(self.n, self.seed, other, self.count, 0.1, False, spacing_s=self.spacing_s)["spread"], 0, 0
+            )["value"],
             "1.78 s",
         )
         what = f"from the first suspicion until all live members know, N = {self.n}, 10 % loss, {self.count} crashes"
@@ -328,6 +365,15 @@ class Runs:
         )
         what = f"from one seed to full views, N = {self.n} started within 1 s"
         return {"what": what, **spread(times, None, limit), "anchor": anchor}
+
+    def profiles(self) -> dict[str, Any]:
+        times = profile_spread(self.n, self.seed, self.config)
+        anchor = self._anchor(
+            lambda other: spread(profile_spread(self.n, self.seed, other), 0, 0)["value"],
+            "memberlist: rides on updates",
+        )
+        what = f"from a changed profile of 1 KB until all N = {self.n} hold it, ten of them, one a second"
+        return {"what": what, **spread(times, None, 5.0), "anchor": anchor}
 
 
 def none(count: int) -> dict[str, Any]:
