@@ -18,6 +18,8 @@ class ElectionConfig(msgspec.Struct, frozen=True):
     """A leader without acknowledgements from a majority for so long steps down (R7)."""
     forget_jitter_s: float = 0.150
     """After the loss of the leader was *seen* (R8), a PreVote starts within so long."""
+    yield_s: float = 0.300
+    """A voter that would vote for another, or that is ailing, lets others go first for so long, once per time-out."""
     relay_after_s: float = 0.300
     """A voter that left a request unanswered for so long is asked through a neighbour as well."""
     eligible_after_s: float = 10.0
@@ -48,6 +50,7 @@ def wan() -> ElectionConfig:
         election_max_s=10.0,
         check_quorum_s=5.0,
         forget_jitter_s=0.75,
+        yield_s=1.5,
         relay_after_s=1.5,
     )
 

@@ -84,7 +84,10 @@ class Election(State):
         if self._deadline is not None and now >= self._deadline:
             if self._role == "leader":
                 self._tick_leader(now)
-            elif self._role == "follower" or now >= self._round_ends:
+            elif self._role == "follower":
+                self._time_out(now)
+            elif now >= self._round_ends:
+                self._attempts = min(self._attempts + 1, 8)
                 self._prevote(now)
             else:
                 self._ask_again(now)
@@ -121,6 +124,7 @@ class Election(State):
             self._set_leader(None)
             if self.is_voter:
                 self._deadline = now + self._rng.uniform(0.0, self._config.forget_jitter_s)
+                self._may_yield, self._waited_for_leader = True, False
         return self._outbox.flush()
 
     def note_members(self, members: Sequence[MemberInfo], now: float) -> list[Effect]:
@@ -130,7 +134,7 @@ class Election(State):
         return self._outbox.flush()
 
     def note_health(self, local_health: int) -> None:
-        """Lifeguard's multiplier of this node (0: well): an ailing node is slow to campaign."""
+        """Lifeguard's multiplier of this node (0: well): an ailing node lets the others campaign first."""
         self._local_health = max(0, local_health)
 
     def transfer(self, now: float, to: NodeId | None = None) -> list[Effect]:
@@ -211,6 +215,18 @@ class Election(State):
         if was != "follower" or self._deadline is None:
             self._arm(now)
 
+    def _time_out(self, now: float) -> None:
+        """The leader was silent: an ailing voter, which may be the reason, lets the others go first.
+
+        Its health counts now, not when the time-out was armed; and by a fixed time, not by a factor: where every voter
+        has stalled, as after a freeze of the whole machine, all are ailing and somebody must lead.
+        """
+        if self._local_health and self._waited_for_leader:
+            self._waited_for_leader = False
+            self._deadline = now + self._config.yield_s
+        else:
+            self._prevote(now)
+
     def _prevote(self, now: float) -> None:
         """follower, precandidate or candidate -> precandidate (R3).  A non-voter never campaigns (R9)."""
         self._role = "follower"
@@ -248,11 +264,9 @@ class Election(State):
 
     def _open_round(self, now: float) -> None:
         """Ask all voters; the round ends sooner than an election time-out while few attempts failed."""
-        heartbeat = self._config.heartbeat_s
-        short = self._rng.uniform(2.0, 4.0) * heartbeat * 2**self._attempts
+        short = self._rng.uniform(2.0, 4.0) * self._config.heartbeat_s * 2**self._attempts
         full = self._rng.uniform(self._config.election_min_s, self._config.election_max_s)
-        self._attempts = min(self._attempts + 1, 8)
-        self._round_ends = now + min(short, full) * (self._local_health + 1)
+        self._round_opened, self._round_ends = now, now + min(short, full)
         self._ballot = self._new_ballot()
         self._ask_again(now)
 
@@ -267,11 +281,31 @@ class Election(State):
 
     def _on_ask_prevote(self, message: m.AskPreVote, sender: NodeId, now: float) -> None:
         granted = (
-            message.term > self.term and self._at_least(message.record, self.record.id) and not self._hears_leader(now)
+            message.term > self.term
+            and self._at_least(message.record, self.record.id)
+            and not self._hears_leader(now)
+            and self._gives_way(message, sender, now)
         )
         self._post.reply(sender, m.PreVoted(*self._head(), campaign=message.term, granted=granted))
         if self._newer(self.committed.id, message.record):
             self._send(sender, self._announce())  # it was away, or cannot hear the leader: it need not stay behind
+
+    def _gives_way(self, message: m.AskPreVote, sender: NodeId, now: float) -> bool:
+        """Whether this voter's own candidacy stands back behind one that it would vote for.
+
+        Voters that saw the loss of their leader at once would promise each other their votes, campaign in the same term
+        and split it.  So who promises waits, once; and of two that ask at once the lower in rank (record, then id) gives
+        way, while the higher refuses: for one heartbeat, since one that cannot win must not be in the way for long.
+        """
+        outranks = message.record == self.record.id and self.me < sender
+        if self._role == "precandidate" and outranks:
+            if now < self._round_opened + self._config.heartbeat_s:
+                self._request(sender, self._question(), now)  # it may have refused before it saw the loss
+                return False
+        elif self._may_yield and self._role != "candidate" and self.is_voter:
+            self._role, self._may_yield = "follower", False
+            self._deadline = now + self._config.yield_s
+        return True
 
     def _on_ask_vote(self, message: m.AskVote, sender: NodeId, now: float) -> None:
         self._see_term(message.term, now)
@@ -298,10 +332,23 @@ class Election(State):
 
     def _on_voted(self, message: m.Voted, sender: NodeId, now: float) -> None:
         self._see_term(message.term, now)
-        if message.granted and self._role == "candidate" and message.term == self.term:
+        if self._role != "candidate" or message.term != self.term:
+            return
+        if message.granted:
             self._ballot.grant(sender)
-            if self._ballot.won:
-                self._become_leader(now)
+        else:
+            self._ballot.refuse(sender)
+        if self._ballot.won:
+            self._become_leader(now)
+        elif self._ballot.lost:
+            self._lose(now)
+
+    def _lose(self, now: float) -> None:
+        """candidate -> follower that asks again soon: a split vote need not cost a time-out."""
+        self._role = "follower"
+        self._deadline = now + self._rng.uniform(0.0, 1.0) * self._config.heartbeat_s * 2**self._attempts
+        self._may_yield, self._waited_for_leader = True, False
+        self._attempts = min(self._attempts + 1, 8)
 
     def _on_timeout_now(self, message: m.TimeoutNow, sender: NodeId, now: float) -> None:
         if message.term == self.term and sender == self._leader and self.is_voter and self._role == "follower":

@@ -41,11 +41,17 @@ class Ballot:
     def __init__(self, voters: tuple[NodeId, ...], me: NodeId) -> None:
         self._voters = voters
         self._granted = [me]
+        self._refused: list[NodeId] = []
 
     def grant(self, voter: NodeId) -> None:
         """Count ``voter`` once; an outsider's grant is no grant."""
         if voter in self._voters and voter not in self._granted:
             self._granted.append(voter)
+
+    def refuse(self, voter: NodeId) -> None:
+        """Within a term no voter changes its mind."""
+        if voter in self._voters and voter not in self._refused:
+            self._refused.append(voter)
 
     def granted_by(self, voter: NodeId) -> bool:
         return voter in self._granted
@@ -53,3 +59,8 @@ class Ballot:
     @property
     def won(self) -> bool:
         return len(self._granted) >= majority(len(self._voters))
+
+    @property
+    def lost(self) -> bool:
+        """Whether so many refused that no majority is left."""
+        return len(self._voters) - len(self._refused) < majority(len(self._voters))

@@ -54,7 +54,9 @@ class State:
         self._leader: NodeId | None = None
         self._heard_leader = NEVER
         self._local_health = 0
-        self._attempts, self._round_ends, self._ballot = 0, 0.0, Ballot((), self.me)
+        self._attempts, self._round_opened, self._round_ends = 0, NEVER, 0.0
+        self._ballot = Ballot((), self.me)
+        self._may_yield = self._waited_for_leader = False
         self._progress, self._spread = Progress(now), Spread(config)
         self._last_step = self._transfer_until = NEVER
         self._leave_at: float | None = None
@@ -184,8 +186,8 @@ class State:
         elif self.record.voters == (self.me,):
             self._deadline = now
         else:
-            wait = self._rng.uniform(self._config.election_min_s, self._config.election_max_s)
-            self._deadline = now + wait * (self._local_health + 1)
+            self._deadline = now + self._rng.uniform(self._config.election_min_s, self._config.election_max_s)
+        self._may_yield = self._waited_for_leader = True
 
     def _learner_patience(self) -> float:
         """For how long a learner believes in a leader that does not remind it (``Spread.reminded``): it may be on the

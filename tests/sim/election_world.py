@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 
+from gossip.config import GossipConfig
 from mesh.election.config import ElectionConfig, lan
 from mesh.election.durable import Durable, newcomer
 from mesh.election.election import Election
@@ -21,11 +22,12 @@ from mesh.election.events import Busy, NotLeader, Refused
 from mesh.election.record import Content, RecordId, make_epoch, make_record
 from mesh.election.voters import MemberInfo
 from tests.sim.election_checks import ElectionChecker
-from tests.sim.world import Fault, NetParams, World
+from tests.sim.world import Fault, NetParams, Node, World
 
 MESH = "11" * 16
 EPOCH = make_epoch(1, 7)
 GOSSIP_S, SUSPECT_S, DEAD_S = 0.5, 1.0, 3.0
+GOSSIP = GossipConfig()
 
 
 class ElectionWorld(World):
@@ -42,14 +44,19 @@ class ElectionWorld(World):
         make: Callable[..., Election] = Election,
         rng_of: Callable[[str], random.Random] | None = None,
         gossip: bool = True,
+        fsync_s: float = 0.0,
     ) -> None:
         super().__init__(seed, net)
+        self.fsync_s = fsync_s
         self.checker = ElectionChecker()
         self.config, self.make, self.rng_of = config or lan(), make, rng_of or self.rng_for
         self.told: list[tuple[float, str, Any]] = []
         """(time, node, event), all of them."""
         self.faults: list[Fault] = []
         """The schedule, where ``play`` drew one."""
+        self._paused_at: dict[str, float] = {}
+        self._stalls: dict[str, tuple[float, float]] = {}
+        """The last stall of each node: (when it ended, how long it was)."""
         self._lost_at: dict[tuple[str, str], float] = {}
         self._alive_at: dict[tuple[str, str], float] = {}
         self.after_step.append(lambda world, node: self._stepped(node))
@@ -71,13 +78,16 @@ class ElectionWorld(World):
             rng, state = self.rng_of(name), disk[-1] if disk else first
             return self.make(state, self.config, rng, now, sign=lambda data: name.encode(), verify=_verify)
 
-        self.add(
+        node = self.add(
             name,
+            boot=False,
             make=build,
             on_emit=lambda event, now: self.told.append((self.now, name, event)),
             on_persist=lambda record, now: self.checker.persisted(name, record),
             on_reset=lambda core, peer, now: core.note_lost(peer, now),
         )
+        node.fsync_s = self.fsync_s
+        self._boot(node)
 
     def _send(self, source: str, to: str, message: Any) -> None:
         self.checker.sent(source, to, message)
@@ -110,7 +120,21 @@ class ElectionWorld(World):
                 self._tell(name)
         self.at(self.now + GOSSIP_S, self._gossip)
 
+    def _apply_to_node(self, fault: Fault, node: Node) -> None:
+        super()._apply_to_node(fault, node)
+        if node.paused:
+            self._paused_at.setdefault(node.id, self.now)
+        elif since := self._paused_at.pop(node.id, 0.0):
+            self._stalls[node.id] = (self.now, self.now - since)
+
+    def local_health(self, name: str) -> int:
+        """What Lifeguard would say of ``name``: its worst stall counts for as long as it is remembered."""
+        ended, length = self._stalls.get(name, (-math.inf, 0.0))
+        recent = self.now - ended <= GOSSIP.lag_window_s
+        return min(GOSSIP.health_max, int(length / GOSSIP.lag_step_s)) if recent else 0
+
     def _tell(self, name: str) -> None:
+        self.core(name).note_health(self.local_health(name))
         members = [self._info(name, other) for other in self.nodes]
         for other in self.nodes:
             gone = self.now - self._lost_at.get((name, other), self.now)
@@ -243,7 +267,7 @@ def _change(world: ElectionWorld, placement: bytes) -> None:
 def _check_calm(world: ElectionWorld, names: Sequence[str]) -> None:
     """Liveness: from the end of all faults, a committed record within 3 s, known to all within 2 s more, for 30 s."""
     recover(world, names)
-    world.loss, world.net = 0.0, msgspec.structs.replace(world.net, loss=0.0)
+    world.network.loss, world.network.params = 0.0, msgspec.structs.replace(world.net, loss=0.0)
     start = world.now
     committed = world.run(
         until=start + 3.0, stop=lambda: (n := world.leader()) is not None and world.core(n)._settled()
@@ -295,12 +319,13 @@ def cut_partly(seed: int, name: str) -> float:
     world.run(until=5.0)
     for here, there in PARTIAL[name]:
         world.apply(Fault(5.0, "partition", tuple(here), tuple(there)))
-    start, proposed = world.now, ""
+    start, asked = world.now, ("", 0)
     while world.now < start + 30.0:
-        leader = world.leader()
-        if leader is not None and leader != proposed and world.propose(leader, b"through") == "":
-            proposed = leader
+        if (leader := world.leader()) is not None:
+            core = world.core(leader)
+            if core.ready and core.committed.content.placement == b"through":
+                return world.now - start
+            if (leader, core.term) != asked and world.propose(leader, b"through") == "":
+                asked = (leader, core.term)
         world.run(until=world.now + 0.01)
-        if proposed and world.core(proposed).ready and world.core(proposed).committed.content.placement == b"through":
-            return world.now - start
     return math.inf

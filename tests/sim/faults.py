@@ -52,6 +52,8 @@ class NetParams(msgspec.Struct, frozen=True):
     """A reordered message is up to this much later than the others."""
     retransmit_s: float = 0.2
     """What one lost segment costs a reliable message."""
+    reset_s: float = 0.0
+    """A peer's crash is noticed up to this much later than its connection ends: connecting anew must fail first."""
     inbox: int = 1024
     """Messages that wait for a paused or busy node (a socket buffer); more are dropped."""
     queue_s: float = 1.0

@@ -229,9 +229,20 @@ class World:
         if node.lies:
             del node.disk[max(node.born_with, len(node.disk) - node.lies) :]
             node.lies = 0
-        for peer in [] if silent else list(self.nodes.values()):
+        if not silent:
+            self._reset(node)
+
+    def _reset(self, node: Node) -> None:
+        """Peers see their connections end, after what was already on its way."""
+        last: dict[str, float] = {}
+        for when, _, kind, to, source, _ in self._heap:
+            if kind == "deliver" and source == node.id:
+                last[to] = max(when, last.get(to, 0.0))
+        for peer in self.nodes.values():
             if peer.up and peer.on_reset and not self.blocked(node.id, peer.id):
-                self._push(self.now + self.network.delay(node.id, peer.id), "reset", peer.id, node.id, None)
+                when = max(self.now + self.network.delay(node.id, peer.id), last.get(peer.id, 0.0))
+                when += self.rng.uniform(0.0, self.net.reset_s) if self.net.reset_s else 0.0
+                self._push(when, "reset", peer.id, node.id, None)
 
     def _resume(self, node: Node) -> None:
         if node.paused:
@@ -298,6 +309,8 @@ class World:
             self.apply(a)
         elif kind == "free":
             self._go_on(self.nodes[a]) if self.nodes[a].life == b else None
+        elif kind == "reset" and self.now < self.nodes[a].busy_until:
+            self._push(self.nodes[a].busy_until, "reset", a, b, c)
         elif kind == "reset":
             self.do(a, lambda core, now: self.nodes[a].on_reset(core, b, now))
         else:

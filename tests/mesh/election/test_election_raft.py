@@ -11,7 +11,7 @@ from mesh.election.events import BecameLeader, Busy, LeaderLost, NotLeader, Refu
 from mesh.election.record import Content, RecordId
 from mesh.election.voters import MemberInfo
 from tests.mesh.election import lab
-from tests.mesh.election.lab import START, Lab, core, record, sent
+from tests.mesh.election.lab import LAN, START, Lab, core, record, sent
 
 # ---------------------------------------------------------------- etcd: elections
 
@@ -151,14 +151,64 @@ def test_prevote_with_split_vote() -> None:
     mesh = Lab()
     mesh.elect("a")
     del mesh.cores["a"]
-    for name in "bc":
-        mesh.perform(name, mesh.cores[name].note_lost("a", mesh.now))
-    mesh.drop = lambda sender, to, message: isinstance(message, m.AskVote)
-    mesh.run(0.2)
+    for name, other in ("bc", "cb"):
+        it = mesh.cores[name]
+        it.note_lost("a", mesh.now)
+        it.tick(it.deadline or 0.0)
+        mesh.perform(name, it.receive(lab.prevoted(3), other, mesh.now))
     assert mesh.roles() == {"b": "candidate", "c": "candidate"}
-    mesh.drop = lambda sender, to, message: False
-    mesh.run(3.0)
+    mesh.flow()
+    assert mesh.leaders() == []
+    mesh.run(0.7)
     assert len(mesh.leaders()) == 1
+
+
+def test_who_was_refused_by_a_majority_asks_again_at_once() -> None:
+    it, now = lab.candidate(held=record(voters="abcde"))
+    for voter in "bcd":
+        it.receive(lab.voted(it.term, granted=False), voter, now)
+    assert it.role == "follower"
+    assert (it.deadline or 0.0) - now <= LAN.heartbeat_s
+    it.tick(it.deadline or 0.0)
+    assert it.role == "precandidate"
+
+
+def test_two_that_ask_at_once_do_not_split_the_vote() -> None:
+    """Rank decides between them: the lower one gives way, and takes part as a voter."""
+    mesh = Lab("abcde", "abcde")
+    mesh.elect("e")
+    del mesh.cores["e"]
+    for name in "abcd":
+        mesh.cores[name].note_lost("e", mesh.now)
+    for name in "dcb":
+        mesh.perform(name, mesh.cores[name].tick(mesh.now + 0.15))
+    mesh.flow()
+    assert mesh.leaders() == ["b"]
+    assert mesh.cores["b"].term == 3
+
+
+def test_who_promised_a_vote_waits_once() -> None:
+    """It would vote for another: its own candidacy stands back, but not again and again for one that never wins."""
+    it = core()
+    it.note_lost("b", START)
+    first = it.deadline or 0.0
+    for beat in range(10):
+        effects = it.receive(lab.ask_prevote(2), "c", START + 0.15 * beat)
+        assert [msg.granted for _, msg in sent(effects, m.PreVoted)] == [True]
+    assert it.deadline == START + LAN.yield_s if first < START + LAN.yield_s else first
+
+
+def test_who_cannot_win_is_in_the_way_for_one_heartbeat() -> None:
+    """A precandidate of higher rank refuses the lower ones, but only at first: its own links may be broken."""
+    it = core()
+    now = it.deadline or 0.0
+    it.tick(now)
+    effects = it.receive(lab.ask_prevote(2), "b", now + 0.1)
+    assert [msg.granted for _, msg in sent(effects, m.PreVoted)] == [False]
+    assert [to for to, _ in sent(effects, m.AskPreVote)] == ["b"]
+    effects = it.receive(lab.ask_prevote(2), "b", now + 0.16)
+    assert [msg.granted for _, msg in sent(effects, m.PreVoted)] == [True]
+    assert it.role == "precandidate"
 
 
 def test_prevote_with_check_quorum() -> None:
@@ -419,12 +469,33 @@ def test_losing_another_than_the_leader_means_nothing() -> None:
     assert mesh.cores["b"].deadline == before
 
 
-@pytest.mark.parametrize(("health", "low", "high"), [(0, 1.0, 2.0), (1, 2.0, 4.0), (8, 9.0, 18.0)])
-def test_an_ailing_node_is_slow_to_campaign(health: int, low: float, high: float) -> None:
+def test_an_ailing_node_lets_the_others_campaign_first() -> None:
+    """Once per time-out and for a fixed time; and by its health then, not when the time-out was armed."""
     it = core()
-    it.note_health(health)
+    it.note_health(8)
+    now = it.deadline or 0.0
+    assert it.tick(now) == []
+    assert (it.role, it.deadline) == ("follower", now + LAN.yield_s)
+    it.tick(now + LAN.yield_s)
+    assert it.role == "precandidate"
+
+
+def test_an_ailing_node_that_recovered_does_not_wait() -> None:
+    it = core()
+    it.note_health(8)
     it.receive(lab.append(2, record(2, 1)), "b", START)
-    assert low <= (it.deadline or 0.0) - START <= high
+    it.note_health(0)
+    it.tick(it.deadline or 0.0)
+    assert it.role == "precandidate"
+
+
+def test_a_loss_that_was_seen_is_not_the_fault_of_an_ailing_node() -> None:
+    it = core()
+    it.receive(lab.append(2, record(2, 1)), "b", START)
+    it.note_health(8)
+    it.note_lost("b", START)
+    it.tick(it.deadline or 0.0)
+    assert it.role == "precandidate"
 
 
 # ---------------------------------------------------------------- leaving
