@@ -19,8 +19,11 @@ Rules R1-R10 are named where they are kept.  Where this file says more than they
 * R9, voters: *uncommitted* records are taken from the current leader only; *committed* ones from anyone.  That a
   record is committed is true whoever says it (I4: every later leader's record descends from it), and a voter that was
   removed while it was away has no leader to hear it from.
-* A lost candidacy is repeated after 2-4 heartbeats, doubling up to the election time-out, instead of a whole time-out:
-  with PreVote a repeated question disturbs nobody, and two voters that collided need not wait for a second.
+* A lost candidacy is repeated after 2-4 heartbeats, doubling up to the election time-out, instead of a whole time-out,
+  and within one where a majority refused: with PreVote a repeated question disturbs nobody.
+* PreVotes are refused and own candidacies put off so that two voters seldom collide (``_gives_way``), and so that an
+  ailing voter lets the others go first (``_time_out``).  Both are a matter of a fraction of a second, once per
+  time-out: what is safe is not touched, since nobody ever has to grant a PreVote or to campaign.
 * A node of an older epoch that meets a newer one takes its committed record and goes on as a learner: ``takeover`` is
   an explicit act, and the old side is refused until it has followed.
 """
@@ -293,9 +296,9 @@ class Election(State):
     def _gives_way(self, message: m.AskPreVote, sender: NodeId, now: float) -> bool:
         """Whether this voter's own candidacy stands back behind one that it would vote for.
 
-        Voters that saw the loss of their leader at once would promise each other their votes, campaign in the same term
-        and split it.  So who promises waits, once; and of two that ask at once the lower in rank (record, then id) gives
-        way, while the higher refuses: for one heartbeat, since one that cannot win must not be in the way for long.
+        Voters that saw the loss of their leader at once would promise each other their votes, campaign in one term and
+        split the vote.  So who promises waits, once; and of two that ask at once the lower in rank (record, then id)
+        gives way, while the higher refuses: for one heartbeat, since one that cannot win must not be in the way.
         """
         outranks = message.record == self.record.id and self.me < sender
         if self._role == "precandidate" and outranks:
@@ -304,7 +307,7 @@ class Election(State):
                 return False
         elif self._may_yield and self._role != "candidate" and self.is_voter:
             self._role, self._may_yield = "follower", False
-            self._deadline = now + self._config.yield_s
+            self._deadline = max(now + self._config.yield_s, self._deadline or now)
         return True
 
     def _on_ask_vote(self, message: m.AskVote, sender: NodeId, now: float) -> None:

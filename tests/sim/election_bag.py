@@ -20,7 +20,7 @@ from mesh.election.config import ElectionConfig
 from mesh.election.durable import Durable, newcomer
 from mesh.election.election import Election
 from mesh.election.events import Busy, NotLeader, Refused
-from mesh.election.messages import AskPreVote, AskVote
+from mesh.election.messages import AskPreVote, AskVote, Voted
 from mesh.election.record import EMPTY, Content, RecordId, make_epoch, make_record
 from mesh.election.voters import MemberInfo
 from tests.sim.election_checks import ElectionChecker, Violation
@@ -56,6 +56,8 @@ class Weather(msgspec.Struct, frozen=True):
     """A crashed node may lose its disk and keep its id: what R10 forbids (a negative control)."""
     forget: tuple[str, ...] = ()
     """Fields of the durable state that are not written (negative controls): ``term``, ``voted_for``."""
+    lies: bool = False
+    """A crash loses the last write: the driver did not wait for fsync (a negative control)."""
 
 
 def draw_weather(rng: random.Random, **fixed: Any) -> Weather:
@@ -93,8 +95,15 @@ class Bag:
         self.make = make
         self.checker = ElectionChecker(ignore)
         self.names = list(NAMES[: self.weather.nodes])
-        self.mail: list[tuple[str, str, Any]] = []
+        self.mail: list[tuple[int, str, str, Any]] = []
+        """(number, from, to, message), the oldest first ..."""
+        self.near: list[tuple[int, str, str, Any]] = []
+        """... but for those within the group, while they are delivered (``arriving``)."""
+        self.arriving = False
+        self._sent = 0
         self.disks: dict[str, Durable] = {}
+        self.synced: dict[str, Durable] = {}
+        """What was on the disk before the last write."""
         self.cores: dict[str, Election | None] = {}
         self.clocks = dict.fromkeys(self.names, 100.0)
         self.group: list[str] = self.names
@@ -128,15 +137,21 @@ class Bag:
         return sorted(self.rng.sample(self.names, self.rng.randint(2, len(self.names))))
 
     def _let_arrive(self, burst: int) -> None:
-        rng, weather = self.rng, self.weather
+        """Up to ``burst`` messages within the group, those that they bring about included."""
+        rng, weather, among, mail = self.rng, self.weather, self.group, self.mail
+        near = self.near = [letter for letter in mail if letter[1] in among and letter[2] in among]
+        self.mail = [letter for letter in mail if letter[1] not in among or letter[2] not in among]
+        self.arriving = True
         for _ in range(burst):
-            within = [i for i, (sender, to, _) in enumerate(self.mail) if sender in self.group and to in self.group]
-            if not within:
+            if not near:
                 break
-            at = within[self._draw(len(within))]
-            sender, to, message = self.mail[at] if rng.random() < weather.copies else self.mail.pop(at)
+            at = self._draw(len(near))
+            _, sender, to, message = near[at] if rng.random() < weather.copies else near.pop(at)
             if rng.random() >= weather.loss:
                 self._deliver(sender, to, message)
+        self.mail += near
+        self.mail.sort()  # by age
+        self.near, self.arriving = [], False
         if rng.random() < weather.flood:
             self.mail.clear()
 
@@ -152,27 +167,33 @@ class Bag:
         core = self.make(disk, MANUAL, self.rng, self.clocks[name])
         core.note_members([MemberInfo(n, 0.0) for n in self.names], self.clocks[name])
         self.cores[name] = core
-        self._after(name, core)
+        self.checker.stepped(name, core)
 
     def _perform(self, name: str, effects: list[Any]) -> None:
-        mail = self.mail
         for effect in effects:
-            if isinstance(effect, Send):
-                self.checker.sent(name, effect.to, effect.message)
-                mail.append((name, effect.to, effect.message))
-            elif isinstance(effect, Persist):
-                self.disks[name] = effect.record
+            kind = type(effect)
+            if kind is Send:
+                self._send(name, effect.to, effect.message)
+            elif kind is Persist:
+                self.synced[name], self.disks[name] = self.disks[name], effect.record
                 self.checker.persisted(name, effect.record)
-            elif self.keep_story and isinstance(effect, Emit):
+            elif self.keep_story:
+                assert kind is Emit, effect
                 self.told.append(f"    {name} says {effect.event}")
-        while len(mail) > self.weather.bag:
-            mail.pop(self.rng.randrange(len(mail)))
         core = self.cores[name]
         if core is not None:
-            self._after(name, core)
+            self.checker.stepped(name, core)
 
-    def _after(self, name: str, core: Election) -> None:
-        self.checker.stepped(name, core)
+    def _send(self, sender: str, to: str, message: Any) -> None:
+        if type(message) is Voted:
+            self.checker.sent(sender, to, message)
+        self._sent += 1
+        near, mail = self.near, self.mail
+        within = self.arriving and to in self.group and sender in self.group
+        (near if within else mail).append((self._sent, sender, to, message))
+        if len(near) + len(mail) > self.weather.bag:
+            at = self.rng.randrange(len(near) + len(mail))
+            near.pop(at) if at < len(near) else mail.pop(at - len(near))
 
     def _someone(self) -> str:
         return self.rng.choice(self.group)
@@ -198,7 +219,8 @@ class Bag:
         core = self.cores[to]
         if core is None:
             return
-        self._note(f"  {sender} -> {to} {message}")
+        if self.keep_story:
+            self.told.append(f"  {sender} -> {to} {message}")
         late = type(message) is AskPreVote and self.rng.random() < 0.8
         self.clocks[to] += 1.0 if late else 0.001  # else R3 would refuse nearly all
         self._perform(to, core.receive(message, sender, self.clocks[to]))
@@ -225,6 +247,10 @@ class Bag:
             self.disks[name] = newcomer(MESH, name, EMPTY)
             self.disks[name] = msgspec.structs.replace(self.disks[name], epoch=EPOCH)
             self.checker.forget(name)
+        if self.weather.lies and name in self.synced:
+            self._note(f"  {name} loses its last write")
+            self.disks[name] = self.synced.pop(name)
+            self.checker.persisted(name, self.disks[name])
         if at_once:
             self._boot(name)
 

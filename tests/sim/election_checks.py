@@ -72,16 +72,20 @@ class ElectionChecker:
     def stepped(self, node: str, core: Any) -> None:
         """``node`` finished a step; nothing to do where neither role nor durable state changed."""
         durable, role = core.durable, core.role
-        before = self.seen.get(node)
-        if before is not None and before[0] is durable and before[1] == role:
+        seen = self.seen.get(node)
+        if seen is not None and seen[0] is durable and seen[1] == role:
             return
-        self._check_record(node, durable.record, before[0].record if before else None)
-        self._check_progress(node, durable)
+        before = seen[0] if seen is not None else None
+        if before is None or before.record is not durable.record:
+            self._check_record(node, durable.record, before.record if before else None)
+        if before is not durable:
+            self._check_progress(node, durable)
         if role in ("candidate", "leader") and durable.voted_for == node:
             self._granted(durable.epoch, durable.term, node, node)
         if role == "leader":
             self._check_leader(node, durable)
-        self._check_committed(durable.committed)
+        if before is None or before.committed is not durable.committed:
+            self._check_committed(durable.committed)
         self.seen[node] = (durable, role)
 
     def fenced(self, node: str, kind: str, asked: tuple[int, int], verdict: str, core: Any) -> None:
@@ -120,10 +124,10 @@ class ElectionChecker:
             self.parents[key] = parent
             self._check_step(key, parent)
             self._check_ancestry(key)
-        elif known[0] != record.voters or known[1] != record.content:
+            if any(voter in record.content.tombstones for voter in record.voters):
+                self.fail("I11", f"a revoked voter in {key}")
+        elif known[0] != record.voters or (known[1] is not record.content and known[1] != record.content):
             self.fail("I2", f"{node} holds other content under {key}")
-        if any(voter in record.content.tombstones for voter in record.voters):
-            self.fail("I11", f"a revoked voter in {key}")
 
     def _check_step(self, key: Key, parent: Key | None) -> None:
         if parent is not None and parent in self.voters and parent[0] == key[0]:

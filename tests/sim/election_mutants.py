@@ -135,6 +135,7 @@ CONTROLS: dict[str, dict[str, Any]] = {
     "no restamp at election": {"make": NoRestamp},
     "term and vote not persisted": {"forget": ("term", "voted_for"), "ignore": ("I5", "I10")},
     "vote not persisted": {"forget": ("voted_for",), "ignore": ("I10",), "weights": _CRASHES},
+    "writes trusted before their fsync": {"lies": True, "ignore": ("I5", "I10"), "weights": _CRASHES},
     "duplicate votes counted": {"make": CountsResponses, "ignore": ("I10",)},
     "votes for older records": {"make": VotesForOlder},
     "commit without a majority": {"make": CountsOutsiders, "ignore": ("I8",)},

@@ -13,7 +13,9 @@ TRACES = """
 import hashlib
 from tests.sim import election_bag, election_world, generation_world, gossip_weather
 print(gossip_weather.Storm(1, gossip_weather.draw_mix(1, n=3, until=14.0)).run().digest())
-print(election_world.play(3, seconds=5.0).digest())
+world = election_world.drawn(3, 5.0)
+world.run(until=5.0)
+print(world.digest())
 print(hashlib.sha256(election_bag.story(5, last=10**6).encode()).hexdigest())
 print(generation_world.play(2, sessions=2).digest())
 """

@@ -103,6 +103,8 @@ class World:
         self.nodes: dict[str, Node] = {}
         self.after_step: list[Callable[[World, str], None]] = []
         self.network = Network(self.net, self.rng)
+        self.traced = True
+        """Whether a trace is kept; without one a run is the same, and sooner done."""
         self.trace: deque[tuple[float, str, str, str, Any]] = deque(maxlen=5000)
         self.sent: dict[str, list[int]] = {}
         """Node -> [messages, bytes] sent (bytes only with a codec)."""
@@ -389,6 +391,8 @@ class World:
     # -- the trace
 
     def _note(self, kind: str, a: str, b: str, what: Any) -> None:
+        if not self.traced:
+            return
         self.trace.append((self.now, kind, a, b, what))
         self._undigested.append((self.now, kind, a, b, type(what).__name__))
         if len(self._undigested) >= 1000:
@@ -401,6 +405,7 @@ class World:
 
     def digest(self) -> str:
         """Of the whole trace: equal runs have equal digests, whatever PYTHONHASHSEED is."""
+        assert self.traced, "a run without a trace has no digest"
         digest = self._digest.copy()
         digest.update(msgspec.msgpack.encode(self._undigested))
         return digest.hexdigest()
