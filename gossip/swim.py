@@ -217,7 +217,7 @@ class Swim:
         return rtts[len(rtts) // 2] * 1000.0 if rtts else 0.0
 
     def local_health(self, now: float) -> int:
-        """0 (healthy) to 8; the election multiplies its own patience by this + 1."""
+        """0 (healthy) to 8; an ailing node lets others campaign first."""
         return self.health.score(now)
 
     # -- the core

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from scripts.figures import nearest_rank, spread
 from scripts.simulation import election, gossip
+from scripts.simulation.soak import Soak, disjoint, summed
 from scripts.simulation.soak import figures as soak
 from scripts.simulation.tally import Tally
 from scripts.simulation.total import read, total
@@ -52,6 +54,33 @@ def test_a_soak_ends_in_time_and_says_what_it_covered() -> None:
     assert figures["Q15"]["value"]["message_bag"] > 0
     assert figures["Q15"]["value"]["violations"] == 0
     assert figures["Q15"]["coverage"]["message_bag"]["elections"] > 0
+
+
+def test_a_soak_goes_on_where_it_ended_and_its_tallies_add_up(tmp_path: Path) -> None:
+    for process in (0, 0, 1):
+        one = Soak(process, 5, ["bag"], tmp_path)
+        for _ in range(3):
+            one.tallies["bag"].one(one.kept["bag"].next, lambda line: None)
+            one.kept["bag"].next += 1
+        one.keep()
+    figures = summed(tmp_path)
+    assert figures["Q15"]["value"] == {"violations": 0, "timed": 0, "message_bag": 9}
+    assert figures["seeds"]["value"] == {"bag": [(5, 11), (5 + 10**9, 8 + 10**9)]}
+    want = Counter[str]()
+    for seed in (*range(5, 11), *range(5 + 10**9, 8 + 10**9)):
+        want.update(Bag(seed).run().counts)
+    assert {name: figures["Q15"]["coverage"]["message_bag"][name] for name in want} == dict(want)
+
+
+def test_no_seed_is_counted_twice() -> None:
+    with pytest.raises(AssertionError, match="counted twice"):
+        disjoint([(1, 5), (4, 9)])
+
+
+def test_failovers_are_told_with_their_tail() -> None:
+    found = election.failovers(1, 2, lambda line: None)
+    assert set(found) == {f"{name}_{size}" for name in election.FAILOVERS for size in (3, 5)}
+    assert all(figure["holds"] and figure["value"]["n"] == 2 for figure in found.values())
 
 
 def test_crashes_are_timed_from_the_outside() -> None:

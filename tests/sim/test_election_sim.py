@@ -18,7 +18,7 @@ from tests.sim.election_mutants import CONTROLS, NoPreVote, VersionOnly
 from tests.sim.election_world import PARTIAL, ElectionWorld, cut_partly, drawn, needless_elections, play
 from tests.sim.world import Fault
 
-BAG_SCHEDULES, TIMED_SCHEDULES = 1500, 12
+BAG_SCHEDULES, TIMED_SCHEDULES = 2000, 40
 
 
 def total(counts: list[dict[str, int]]) -> dict[str, int]:
