@@ -1,8 +1,14 @@
-"""The entry role: a request becomes a session, a route is found for it, and its tokens come back in order."""
+"""The entry role: a request becomes a session, a route is found for it, and its tokens come back in order.
+
+Every session that this node owns has a log of its events, from which any number of readers take (``node/relay.py``).
+A session comes to be owned here by a request, or by adoption when its owner was lost; what has ended can be read for a
+while.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import random
 import time
 from collections import Counter
@@ -13,8 +19,10 @@ import msgspec
 
 from mesh.core import Effect, Emit, Send
 from mesh.errors import CapacityError, Leaving, MeshError, NoRoute, RequestError, SessionLost
+from mesh.pipeline import events as core
 from mesh.pipeline import messages as m
-from mesh.pipeline import session as core
+from mesh.pipeline.journal import Adopt, disclaim, needs_witness
+from mesh.pipeline.session import Session
 from mesh.routing import RouteRequest, find_route
 from mesh.types import Hop, NodeId, Route
 from mesh.view import MeshView
@@ -30,19 +38,32 @@ from node.api.service import (
 from node.driver import Alarm
 
 LEASE_EVERY_S = 20.0
+ORPHAN_S = 60.0
+"""A session that outlives its readers (adopted, or asked for with an Idempotency-Key) waits so long for the next."""
+RESULT_S = 600.0
+"""What has ended can be read for this long ..."""
+RESULT_EVENTS = 200_000
+"""... as long as all results together have fewer tokens than this; the oldest go first."""
 
 
 class LiveGeneration:
-    """One session that this node owns, as the API sees it (``node.api.service.Generation``)."""
+    """One session that this node owns or owned, as the API sees it (``node.api.service.Generation``)."""
 
-    def __init__(self, entry: Entry, request: GenerationRequest, session: core.Session) -> None:
+    def __init__(self, entry: Entry, request: GenerationRequest, session: Session, *, adopted: bool = False) -> None:
         self.request = request
         self.session = session
+        self.adopted = adopted
         self.cached_tokens = 0
+        self.moved = False
+        """Another node owns it now: the log here is as far as this one came."""
         self._entry = entry
-        # Bounded by the protocol: hop 0 runs at most RUN_AHEAD tokens past what the client has taken.
-        self._events: asyncio.Queue[Event | MeshError | None] = asyncio.Queue()
+        self._log: list[Event | MeshError] = []
+        self._grew = asyncio.Event()
+        self._readers = 0 if adopted else 1
+        self._orphaned: asyncio.TimerHandle | None = None
         self._opened: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        if adopted:
+            self._opened.set_result(None)
         self._alarm = Alarm(session, lambda: self.step(session.tick(entry.clock())), entry.clock)
         self._scored = 1
 
@@ -55,26 +76,70 @@ class LiveGeneration:
     def recoveries(self) -> tuple[Recovery, ...]:
         return tuple(_shown(trace) for trace in self.session.recoveries)
 
+    @property
+    def size(self) -> int:
+        """Events in the log."""
+        return len(self._log)
+
     async def opened(self) -> None:
         """Until every hop has room.  Raises what the API answers when one has none."""
         await self._opened
 
-    async def __aiter__(self) -> AsyncIterator[Event]:
+    def __aiter__(self) -> AsyncIterator[Event]:
+        return self.events(0)
+
+    async def events(self, tokens: int) -> AsyncIterator[Event]:
+        """What follows the first ``tokens`` drawn tokens, to the end; or, without an end, until it has moved."""
+        at = 0
+        first = len(self.request.prompt) + tokens
         while True:
-            event = await self._events.get()
-            if isinstance(event, MeshError):
-                raise event
-            if event is None:
+            while at < len(self._log):
+                event = self._log[at]
+                at += 1
+                if isinstance(event, MeshError):
+                    raise event
+                if isinstance(event, EndEvent) or (tokens == 0 or getattr(event, "position", 0) >= first):
+                    yield event
+                if isinstance(event, EndEvent):
+                    return
+            if self.moved:
                 return
-            yield event
-            if isinstance(event, EndEvent):
-                return
+            await self._grew.wait()
+
+    def attach(self) -> None:
+        """One reader more."""
+        self._readers += 1
+        if self._orphaned is not None:
+            self._orphaned.cancel()
+            self._orphaned = None
 
     def acknowledge(self, position: int) -> None:
         self.step(self.session.acknowledge(position + 1, self._entry.clock()))
 
     async def cancel(self, reason: CancelReason) -> None:
-        self.finish("stop" if reason == "stop" else "cancelled")
+        """One reader less.  ``stop`` ends it for all, whose text ends at the same place; else the last one does."""
+        self._readers -= 1
+        if reason == "stop":
+            self.finish("stop")
+        elif reason == "cancelled" or (self._readers <= 0 and not self._may_wait):
+            self.finish("cancelled")
+        elif self._readers <= 0:
+            self.orphan()
+
+    def orphan(self) -> None:
+        """Nobody reads: go on unattended, and end if nobody comes.  Class ``batch`` ends by itself."""
+        self.acknowledge(self.session.accepted - 1)
+        if self.request.priority != "batch" and self._orphaned is None and not self.over:
+            loop = asyncio.get_running_loop()
+            self._orphaned = loop.call_later(ORPHAN_S, self.finish, "cancelled")
+
+    @property
+    def _may_wait(self) -> bool:
+        return self.adopted or bool(self.request.idempotency_key)
+
+    @property
+    def over(self) -> bool:
+        return self.session.state is core.State.ENDED
 
     def finish(self, reason: str) -> None:
         self.step(self.session.finish(reason, self._entry.clock()))
@@ -93,7 +158,9 @@ class LiveGeneration:
 
     def _on_event(self, event: Any) -> None:
         if isinstance(event, core.Accepted):
-            self._events.put_nowait(TokenEvent(event.position, event.token, event.logprob, event.top))
+            self._append(TokenEvent(event.position, event.token, event.logprob, event.top))
+            if self._readers <= 0:
+                self.acknowledge(event.position)
         elif isinstance(event, core.NeedRoute):
             self._route(event)
         elif isinstance(event, core.PromptScored):
@@ -102,6 +169,11 @@ class LiveGeneration:
             self._entry.on_recovered(self, event.recovery)
         elif isinstance(event, core.Ended | core.Failed):
             self._on_end(event)
+        elif isinstance(event, core.Moved):
+            self.moved = True
+            self._close()
+            if not self._opened.done():
+                self._opened.set_result(None)
         else:
             self._entry.on_event(event)
 
@@ -114,8 +186,8 @@ class LiveGeneration:
             why = entry.missing if entry and entry.missing else str(error)
             self.step(self.session.unroutable(why, now))
         else:
-            exact = self._entry.exactness(route)
-            self.step(self.session.follow(route, self._entry.view().placement_id, now, exact))
+            exact, witness = self._entry.exactness(route), self._entry.witness(self.session.id, route, ask.exclude)
+            self.step(self.session.follow(route, self._entry.view().placement_id, now, exact, witness))
 
     def _score(self, event: core.PromptScored) -> None:
         """A replay may score positions again, and tokens that were drawn: only what comes next of the prompt counts."""
@@ -123,17 +195,32 @@ class LiveGeneration:
         if not rows or event.start > self._scored:
             return
         tops = tuple(top for _, top in rows)
-        self._events.put_nowait(PromptEvent(self._scored, tuple(logprob for logprob, _ in rows), tops))
+        self._append(PromptEvent(self._scored, tuple(logprob for logprob, _ in rows), tops))
         self._scored += len(rows)
 
     def _on_end(self, event: core.Ended | core.Failed) -> None:
-        self._entry.forget(self)
-        self._alarm.stop()
         last = _last_of(event)
         if not self._opened.done():
             cancelled = RequestError("the session was cancelled", code="cancelled", status=409)
             self._opened.set_exception(last if isinstance(last, MeshError) else cancelled)
-        self._events.put_nowait(last)
+        self._append(last)
+        self._close()
+
+    def _append(self, event: Event | MeshError) -> None:
+        self._log.append(event)
+        self._wake()
+
+    def _wake(self) -> None:
+        self._grew.set()
+        self._grew = asyncio.Event()
+
+    def _close(self) -> None:
+        self._alarm.stop()
+        if self._orphaned is not None:
+            self._orphaned.cancel()
+            self._orphaned = None
+        self._entry.forget(self)
+        self._wake()
 
     def abandon(self) -> None:
         """Whoever opened it no longer waits."""
@@ -161,7 +248,7 @@ def _last_of(event: core.Ended | core.Failed) -> EndEvent | MeshError:
 def _shown(trace: core.Recovery) -> Recovery:
     return Recovery(
         cause=trace.cause,
-        hop=str(trace.hop),
+        hop=str(trace.hop) if trace.hop >= 0 else "owner",
         detected_by=trace.detected_by,
         pause_ms=round(trace.pause_ms, 1),
         positions_replayed=trace.positions_replayed,
@@ -188,6 +275,9 @@ class Entry:
         self.on_event, self.on_recovered = on_event, on_recovered
         self._balance, self._rng = balance, rng
         self._sessions: dict[m.SessionId, LiveGeneration] = {}
+        self._ended: dict[m.SessionId, tuple[float, LiveGeneration | None]] = {}
+        """When it ended or moved, oldest first, and its result unless that was given up for want of room."""
+        self._result_events = 0
         self._routed = 0
         """Routes asked for so far: the turn of ``round_robin``."""
 
@@ -195,7 +285,7 @@ class Entry:
 
     async def open(self, request: GenerationRequest) -> LiveGeneration:
         """Open the session at every hop.  CapacityError, NoRoute: certainly nothing was started."""
-        session = core.Session(request.session, self.me, _journal(request), self._rng, self.clock())
+        session = Session(request.session, self.me, _journal(request), self._rng, self.clock())
         generation = self._sessions[request.session] = LiveGeneration(self, request, session)
         try:
             generation.step(session.start(self.clock()))
@@ -204,6 +294,25 @@ class Entry:
             generation.abandon()
             raise
         return generation
+
+    def adopt(self, found: Adopt) -> None:
+        """The owner of a session whose journal is held here is lost: go on with it, for whoever comes to read."""
+        if found.session in self._sessions:
+            return
+        request = msgspec.msgpack.decode(found.request.form, type=GenerationRequest)
+        self._forget_result(found.session)
+        session = Session.adopt(found, self.me, self._rng, self.clock())
+        generation = LiveGeneration(self, request, session, adopted=True)
+        self._sessions[found.session] = generation
+        generation.step(session.start(self.clock()))
+        generation.orphan()
+
+    def get(self, session: m.SessionId) -> LiveGeneration | None:
+        """What runs here under this name, or has ended here a while ago and not moved."""
+        if session in self._sessions:
+            return self._sessions[session]
+        ended = self._ended.get(session, (0.0, None))[1]
+        return None if ended is None or ended.moved else ended
 
     def find(self, session: m.SessionId) -> list[LiveGeneration]:
         """``session`` and its further choices (``<session>-1`` ...), those that still run here."""
@@ -217,8 +326,9 @@ class Entry:
     def receive(self, message: m.ToSession, sender: NodeId) -> None:
         generation = self._sessions.get(message.session)
         if generation is None:
-            if isinstance(message, m.Opened):  # it ended while this was on its way
-                self.post(Send(sender, m.Release(message.session, message.epoch)))
+            for effect in disclaim(message, sender, message.session in self._ended):
+                assert isinstance(effect, Send)
+                self.post(effect)
             return
         generation.step(generation.session.receive(message, sender, self.clock()))
 
@@ -234,13 +344,30 @@ class Entry:
             held: dict[NodeId, list[tuple[m.SessionId, m.Epoch]]] = {}
             for generation in self.sessions():
                 session = generation.session
-                for hop in session.route.hops if session.route else ():
-                    held.setdefault(hop.node, []).append((session.id, session.epoch))
+                for node in session.parties:
+                    held.setdefault(node, []).append((session.id, session.epoch))
             for node, sessions in held.items():
                 self.post(Send(node, m.Lease(tuple(sessions))))
 
     def forget(self, generation: LiveGeneration) -> None:
-        self._sessions.pop(generation.session.id, None)
+        """It ended or moved: its name and result stay for a while."""
+        name, now = generation.session.id, self.clock()
+        if self._sessions.get(name) is generation:
+            del self._sessions[name]
+            self._ended[name] = (now, generation)
+            self._result_events += generation.size
+        for old, (when, kept) in list(self._ended.items()):
+            if now - when > RESULT_S:
+                self._forget_result(old)
+            elif self._result_events <= RESULT_EVENTS:
+                break
+            elif kept is not None:
+                self._result_events -= kept.size
+                self._ended[old] = (when, None)
+
+    def _forget_result(self, session: m.SessionId) -> None:
+        kept = self._ended.pop(session, (0.0, None))[1]
+        self._result_events -= kept.size if kept is not None else 0
 
     # -- routes --------------------------------------------------------------------------------------------------------
 
@@ -262,6 +389,13 @@ class Entry:
                 outstanding=dict(outstanding),
             ),
         )
+
+    def witness(self, session: m.SessionId, route: Route, exclude: tuple[NodeId, ...]) -> NodeId | None:
+        """Who shall hold the journal besides this node, where that is all ends of ``route``: not always the same."""
+        if not needs_witness(route, self.me):
+            return None
+        others = [x.id for x in self.view().live() if x.id != self.me and x.id not in exclude]
+        return max(others, key=lambda node: hashlib.sha256(f"{session}{node}".encode()).digest(), default=None)
 
     def _hardware(self, keep: tuple[Hop, ...]) -> str:
         """A substitute of the surviving hops' hardware class replays to the same bits."""

@@ -33,10 +33,12 @@ from mesh.election import events as election_events
 from mesh.election.record import epoch_counter
 from mesh.election.voters import MemberInfo
 from mesh.errors import ConfigError, MeshError
+from mesh.pipeline import events as session_events
 from mesh.pipeline import messages as m
-from mesh.pipeline import session as session_core
 from mesh.pipeline import stage as stage_core
-from mesh.types import ModelInfo, NodeId
+from mesh.pipeline.journal import Adopt
+from mesh.pipeline.work import FetchPlacement
+from mesh.types import ModelId, ModelInfo, NodeId
 from node.advice import TAKEN_OVER, log_election, nobody_answers
 from node.api.app import ApiServer
 from node.api.context import ApiSettings
@@ -58,6 +60,7 @@ from node.outlook import Outlook
 from node.peers import PeerEvents, Peers
 from node.presence import Presence
 from node.record import AddModel, RecordKeeper
+from node.relay import Relay
 from node.security.keyring import KeyRing
 from node.security.tls import PeerTls
 from node.service import NodeService
@@ -94,6 +97,7 @@ class Node:
         self._epoch = booted.durable.epoch
         self.offered: dict[str, ModelInfo] = {}
         self.lag = LagMeter()
+        self._tokenizers_asked: set[ModelId] = set()
         self.telemetry = Telemetry()
         self._build(booted)
 
@@ -145,6 +149,7 @@ class Node:
             rng=random.Random(),
             on_recovered=self._on_recovered,
         )
+        self.relay = Relay(self.me, self.entry, self.peers, lambda: self.view)
         self.weights = Weights(
             self.folder.subfolder("models"), DoorFiles(self.peers.get), self.machine.needed_tensors, self.peers.reject
         )
@@ -391,7 +396,7 @@ class Node:
             if event.new == "suspect":
                 self.telemetry.suspicions.inc()
         if event.new in ("dead", "left") and event.node != self.me:
-            self.entry.lost(event.node, event.new)
+            self._on_lost(event.node, event.new)
             # Who has left said so itself; a death is believed with enough accusers (R8).
             self._on_confirmed(event.node, event.confirmations + 2 * (event.new == "left"))
         infos: tuple[MemberInfo, ...] = self.outlook.electorate(time.monotonic())
@@ -442,12 +447,31 @@ class Node:
             self.entry.receive(message, sender)
         else:
             self.stage.receive(message, sender)
+            if isinstance(message, m.Open) and message.request is not None:
+                self._fetch_tokenizer(message.request.model)
 
-    def _on_lost(self, node: NodeId) -> None:
-        self.entry.lost(node, "reset")
+    def _fetch_tokenizer(self, model: ModelId) -> None:
+        """Who holds a journal may have to turn it into text when the node that has the model's files is gone."""
+        if model not in self._tokenizers_asked:
+            self._tokenizers_asked.add(model)
+            self._spawn(self._try_tokenizer(model))
+
+    async def _try_tokenizer(self, model: ModelId) -> None:
+        try:
+            await self.service.tokenizer(model)
+        except (MeshError, OSError) as error:
+            self._tokenizers_asked.discard(model)
+            self._log.warning("no tokenizer", model=model, why=str(error))
+
+    def _on_lost(self, node: NodeId, cause: str = "reset") -> None:
+        self.entry.lost(node, cause)
+        self.stage.lost(node, cause)
 
     def _on_stage(self, event: Any) -> None:
-        if isinstance(event, stage_core.FetchPlacement):
+        if isinstance(event, Adopt):
+            self._log.info("adopting", session=event.session, detected_by=event.detected_by)
+            self.entry.adopt(event)
+        elif isinstance(event, FetchPlacement):
             self.peers.election.cast(lambda core, now: core.may_open(event.placement_id, event.peer)[1])
         elif isinstance(event, Rejected):
             self.peers.reject(event.sender, event.why)
@@ -456,7 +480,7 @@ class Node:
         self.stage.set_spans(self.loader.spans)
         self.presence.announce()
 
-    def _on_recovered(self, generation: LiveGeneration, trace: session_core.Recovery) -> None:
+    def _on_recovered(self, generation: LiveGeneration, trace: session_events.Recovery) -> None:
         self.telemetry.recoveries.labels(trace.cause).inc()
         self.telemetry.recovery_pause.observe(trace.pause_ms / 1e3)
         self.telemetry.positions_replayed.inc(trace.positions_replayed)

@@ -11,6 +11,7 @@ from mesh.core import Effect, Emit, Send
 from mesh.errors import CapacityError, MeshError
 from mesh.pipeline import messages as m
 from mesh.pipeline import stage as core
+from mesh.pipeline.work import Compute, Computed, Free, Reserve, Truncate
 from mesh.types import LayerSpan, ModelId, NodeId
 from node.driver import Alarm
 from node.engine.sequence import Result, SequenceSpec, Work
@@ -44,10 +45,10 @@ class StageService:
         self._engine, self._post, self._on_event, self._clock = engine, post, on_event, clock
         self._alarm = Alarm(self.core, lambda: self._perform(self.core.tick(self._clock())), clock)
         self._verbs: dict[type, Callable[[Any], list[Effect]]] = {
-            core.Reserve: self._reserve,
-            core.Compute: self._compute,
-            core.Truncate: self._truncate,
-            core.Free: self._free,
+            Reserve: self._reserve,
+            Compute: self._compute,
+            Truncate: self._truncate,
+            Free: self._free,
         }
         self._pending: dict[str, _Pending] = {}
         self._parked: deque[Received] = deque()
@@ -55,6 +56,10 @@ class StageService:
 
     def receive(self, message: m.ToStage, sender: NodeId) -> None:
         self._perform(self.core.receive(message, sender, self._clock()))
+
+    def lost(self, node: NodeId, cause: str) -> None:
+        """As ``Entry.lost``: sessions that ``node`` owned may be adopted here."""
+        self._perform(self.core.lost(node, cause, self._clock()))
 
     def credit(self, frame: Received) -> None:
         """Let the sender of ``frame`` send as much again, now or when the engine has caught up."""
@@ -104,7 +109,7 @@ class StageService:
             self._parked.popleft().done()
         self._alarm.update()
 
-    def _reserve(self, ask: core.Reserve) -> list[Effect]:
+    def _reserve(self, ask: Reserve) -> list[Effect]:
         spec = SequenceSpec(
             key=ask.key,
             model=ModelId(ask.model),
@@ -125,7 +130,7 @@ class StageService:
             return self.core.refused(ask.key, "not_held", str(error), 0.5)
         return self.core.reserved(ask.key, now)
 
-    def _compute(self, work: core.Compute) -> list[Effect]:
+    def _compute(self, work: Compute) -> list[Effect]:
         if work.hidden is not None:
             pending = self._pending.setdefault(work.key, _Pending(work.tag))
             pending.bytes, pending.row = pending.bytes + len(work.hidden), len(work.hidden) // work.n
@@ -143,20 +148,20 @@ class StageService:
         )
         return []
 
-    def _truncate(self, event: core.Truncate) -> list[Effect]:
+    def _truncate(self, event: Truncate) -> list[Effect]:
         self._pending.pop(event.key, None)
         self._engine.truncate(event.key, event.length)
         return []
 
-    def _free(self, event: core.Free) -> list[Effect]:
+    def _free(self, event: Free) -> list[Effect]:
         self._pending.pop(event.key, None)
         self._engine.close(event.key)
         return []
 
 
-def _computed(result: Result) -> core.Computed:
+def _computed(result: Result) -> Computed:
     drawn = result.sampled
-    return core.Computed(
+    return Computed(
         key=result.key,
         tag=result.tag,
         start=result.start,

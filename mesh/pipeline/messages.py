@@ -8,10 +8,17 @@ The ring of one session::
     owner ──Open, Ack, Progress, Release──► every hop        hop ──Opened, Refused, Progressing──► owner
     hop i ──Forward──► hop i + 1            hop i + 1 ──Gap──► hop i       ("send me from this position on")
     sampler ──Token──► owner                sampler ──Feed──► hop 0        (one leg less for each token)
+
+The sampler and hop 0 hold the session's journal: the whole request and every token.  Where the owner is both of them
+it names a witness, a node that holds the journal and no layers.  Who holds the journal can own the session::
+
+    holder ──Held──► owner   ("I have so many tokens")       owner ──Disown──► holder   ("I do not own it: adopt it")
+    whoever knows better ──Ahead──► owner                    ("a newer epoch is followed here, or more tokens known")
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import msgspec
@@ -51,15 +58,15 @@ class SessionRequest(msgspec.Struct, frozen=True, kw_only=True):
         return len(self.prompt) + self.sampling.max_tokens
 
 
-def finish_reason(request: SessionRequest, tokens: list[int]) -> Literal["stop", "length"] | None:
-    """Why a generation is complete with ``tokens`` (the drawn ones only); ``None``: it goes on.
+def finish_reason(request: SessionRequest, tokens: Sequence[int], start: int = 0) -> Literal["stop", "length"] | None:
+    """Why a generation is complete with the drawn tokens ``tokens[start:]``; ``None``: it goes on.
 
-    The sampler (to stop computing) and the owner (to end the stream) both ask this, so that they agree.
+    Every holder of the journal (to stop computing) and the owner (to end the stream) ask this, so that they agree.
     """
-    sampling = request.sampling
-    if tokens and tokens[-1] in sampling.stop_token_ids and len(tokens) >= sampling.min_tokens:
+    sampling, drawn = request.sampling, len(tokens) - start
+    if drawn and tokens[-1] in sampling.stop_token_ids and drawn >= sampling.min_tokens:
         return "stop"
-    return "length" if len(tokens) >= sampling.max_tokens else None
+    return "length" if drawn >= sampling.max_tokens else None
 
 
 class PipelineMessage(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -75,20 +82,24 @@ class PipelineMessage(msgspec.Struct, frozen=True, array_like=True, tag=True):
 class Open(PipelineMessage, frozen=True):
     """Follow this route from now on.  Opening and resuming are one act: a hop that holds nothing starts at 0.
 
-    A hop that knows an older epoch cuts what it holds to what the owner accepted, and keeps the rest.
+    A hop that knows an older epoch cuts what it holds to what the owner accepted, and keeps the rest.  From another
+    owner than the hop follows it is a claim, which a hop that knows more answers with ``Ahead``.
     """
 
     route: Route
     hop: int
+    """Index on the route; one past the last hop: the witness, which holds the journal and no layers."""
     placement_id: PlacementId
     max_positions: int
     priority: Priority
     accepted: int
     """Tokens that the owner holds, prompt included; what lies beyond is not valid."""
     request: SessionRequest | None = None
-    """For the journal's holders (hop 0 and the sampler)."""
+    """For the journal's holders (hop 0, the sampler, the witness)."""
     drawn: tuple[int, ...] = ()
     """Tokens drawn so far, for the journal's holders."""
+    left_s: float = 600.0
+    """Seconds until the session's deadline."""
 
 
 class Ack(PipelineMessage, frozen=True):
@@ -111,6 +122,10 @@ class Lease(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """The owner lives and still wants these sessions of a hop (one message for all of them)."""
 
     sessions: tuple[tuple[SessionId, Epoch], ...]
+
+
+class Disown(PipelineMessage, frozen=True):
+    """The sender is named as the session's owner and is not (it restarted): whoever holds the journal goes on."""
 
 
 # -- hop to owner ------------------------------------------------------------------------------------------------------
@@ -150,6 +165,22 @@ class Token(PipelineMessage, frozen=True):
     top: tuple[tuple[int, float], ...] = ()
 
 
+class Held(PipelineMessage, frozen=True):
+    """A holder's journal has ``tokens`` tokens, prompt included; without a renewed lease also: do you still own it?"""
+
+    tokens: int
+
+
+class Ahead(PipelineMessage, frozen=True):
+    """To an owner whose ``epoch`` is not followed: what is ``known`` here, and the journal where one is held here.
+
+    Newer than ``epoch``: the session has moved on, to the owner in ``known``.  Older: the claim lacks tokens.
+    """
+
+    known: Epoch
+    drawn: tuple[int, ...] = ()
+
+
 class PromptLogprobs(PipelineMessage, frozen=True):
     """Log-probabilities of the prompt's own tokens at [start, start + len(rows)): (logprob, most likely others)."""
 
@@ -179,13 +210,14 @@ class Gap(PipelineMessage, frozen=True):
 
 
 class Feed(PipelineMessage, frozen=True):
-    """Sampler to hop 0: tokens from ``start`` on; the next position can be computed."""
+    """Sampler to hop 0: tokens from ``start`` on; the next position can be computed.  Owner to witness: for its
+    journal."""
 
     start: int
     tokens: tuple[int, ...]
 
 
-ToStage = Open | Ack | Progress | Release | Lease | Forward | Gap | Feed
-ToSession = Opened | Refused | Progressing | Token | PromptLogprobs
+ToStage = Open | Ack | Progress | Release | Disown | Lease | Forward | Gap | Feed
+ToSession = Opened | Refused | Progressing | Token | PromptLogprobs | Held | Ahead
 Pipeline = ToStage | ToSession
-TO_SESSION = (Opened, Refused, Progressing, Token, PromptLogprobs)
+TO_SESSION = (Opened, Refused, Progressing, Token, PromptLogprobs, Held, Ahead)

@@ -7,8 +7,14 @@ All transitions of a session are in this file::
        ▲                      │ refused, silent, lost             │ refused, silent, stuck, lost
        └──────────────────────┴───────────────────────────────────┘
 
-Opening, re-opening and recovering are one act: a new epoch, a route that keeps every surviving hop, an ``Open`` to
-all.  The hops then agree among themselves on what is missing (mesh/pipeline/stage.py).
+Opening, re-opening, recovering and adopting are one act: a new epoch, a route that keeps every surviving hop, an
+``Open`` to all.  The hops then agree among themselves on what is missing (mesh/pipeline/stage.py).
+
+Who adopts starts from its journal.  A hop that knows more answers ``Ahead``: tokens are taken over and the claim made
+again; where a newer epoch is followed by a living owner, this one yields.  So does an owner that was only frozen.
+
+A token is shown when another node than this one holds it.  The sampler knew it first, so that mostly costs nothing;
+where the sampler is here, hop 0's word is awaited, and where that is here too, a witness's.
 """
 
 from __future__ import annotations
@@ -16,109 +22,27 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Callable
-from enum import Enum
 from typing import Literal
 
 import msgspec
 
 from mesh.core import Effect, Emit, Rejected, Send
 from mesh.pipeline import messages as m
-from mesh.types import Hop, NodeId, Route
-
-
-class SessionConfig(msgspec.Struct, frozen=True):
-    """Times in seconds of a session's owner."""
-
-    resend_s: float = 0.5
-    """An Open without an answer is sent again (it is idempotent) ..."""
-    open_timeout_s: float = 2.0
-    """... and the hop given up after this long."""
-    stall_min_s: float = 0.5
-    """The next token's deadline is max(this, ``stall_factor`` x the longest recent gap) ..."""
-    stall_factor: float = 6.0
-    stall_max_s: float = 10.0
-    first_token_s: float = 2.0
-    """... and this for the first one, of which no gap is known yet."""
-    silent_s: float = 1.0
-    """A hop that does not answer Progress for this long is lost."""
-    stuck_rounds: int = 3
-    """So many rounds of Progress without any progress at any hop, and the first stuck hop is replaced."""
-    ack_every: int = 8
-    backoff_s: float = 0.05
-    backoff_max_s: float = 2.0
-    suspect_s: float = 10.0
-    """A hop that was lost is not chosen again for this long ..."""
-    forgive_s: float = 2.0
-    """... or, where nobody else holds its layers, for this long."""
-
-
-class State(Enum):
-    ROUTING = "routing"
-    OPENING = "opening"
-    RUNNING = "running"
-    ENDED = "ended"
-
-
-class Recovery(msgspec.Struct, frozen=True):
-    """The trace of one recovery, as the stream's final usage shows it."""
-
-    cause: str
-    hop: int
-    detected_by: str
-    pause_ms: float
-    """From the detection to the next token."""
-    positions_replayed: int
-    exact: Literal["bitwise", "tokens"]
-
-
-# -- events ------------------------------------------------------------------------------------------------------------
-
-
-class NeedRoute(msgspec.Struct, frozen=True):
-    """Find a route and call ``follow``, or ``unroutable``.  ``keep``: surviving hops, to stay as they are."""
-
-    keep: tuple[Hop, ...]
-    exclude: tuple[NodeId, ...]
-
-
-class Accepted(msgspec.Struct, frozen=True):
-    """The next token of the stream, each position once and in order."""
-
-    position: int
-    token: int
-    logprob: float
-    top: tuple[tuple[int, float], ...]
-
-
-class PromptScored(msgspec.Struct, frozen=True):
-    """Log-probabilities of the prompt's tokens from ``start`` on."""
-
-    start: int
-    rows: tuple[tuple[float, tuple[tuple[int, float], ...]], ...]
-
-
-class Recovered(msgspec.Struct, frozen=True):
-    """Tokens flow again after a recovery."""
-
-    recovery: Recovery
-
-
-class Ended(msgspec.Struct, frozen=True):
-    """The session is complete: ``stop``, ``length`` or ``cancelled``."""
-
-    reason: str
-
-
-FailureCode = Literal["busy", "no_route", "session_lost", "timeout", "dead_end"]
-
-
-class Failed(msgspec.Struct, frozen=True):
-    """The session cannot go on.  ``code``: busy (nothing was started), no_route, session_lost, timeout, or dead_end
-    (its grammar allows no further token, whoever draws it)."""
-
-    code: FailureCode
-    why: str
-    retry_after_s: float = 1.0
+from mesh.pipeline.events import (
+    Accepted,
+    Ended,
+    Failed,
+    FailureCode,
+    Moved,
+    NeedRoute,
+    PromptScored,
+    Recovered,
+    Recovery,
+    SessionConfig,
+    State,
+)
+from mesh.pipeline.journal import Adopt, needs_witness
+from mesh.types import NodeId, Route
 
 
 class _Incident(msgspec.Struct):
@@ -152,10 +76,17 @@ class Session:
         self.epoch: m.Epoch = (0, me)
         self.route: Route | None = None
         self.drawn: list[int] = []
+        self.witness: NodeId | None = None
         self.recoveries: list[Recovery] = []
         self._rng = rng
         self._placement_id: m.PlacementId = (0, 0)
         self._opened: dict[int, int] = {}
+        self._unshown: deque[Accepted] = deque()
+        """Tokens of ``drawn`` that only this node is known to hold."""
+        self._held = 0
+        """Tokens, prompt included, that another node is known to hold, where that is not the sampler ..."""
+        self._claimed = 0
+        """... and those that every ``Open`` of this epoch brought to its journal's holders."""
         self._suspects: dict[NodeId, float] = {}
         self._busy: m.Refused | None = None
         """The last full hop, while nothing has begun: why there is no route, if there is none."""
@@ -166,7 +97,7 @@ class Session:
         self._shown = len(request.prompt)
         self._gaps: deque[float] = deque(maxlen=32)
         self._patience = 1.0
-        self._last_token_at = now
+        self._last_token_at = self._ask_at = now
         self._standing: dict[int, m.Progressing] = {}
         self._before: dict[int, m.Progressing] = {}
         self._rounds = 0
@@ -182,7 +113,23 @@ class Session:
             m.Token: self._on_token,
             m.Progressing: self._on_progressing,
             m.PromptLogprobs: self._on_prompt_logprobs,
+            m.Held: self._on_held,
+            m.Ahead: self._on_ahead,
         }
+
+    @classmethod
+    def adopt(
+        cls, found: Adopt, me: NodeId, rng: random.Random, now: float, config: SessionConfig | None = None
+    ) -> Session:
+        """Go on, after ``start``, with what an owner that is lost began."""
+        session = cls(found.session, me, found.request, rng, now, config)
+        session.epoch, session.route = found.epoch, found.route
+        session._ends_at = now + found.left_s
+        session._suspects[found.epoch[1]] = now + session.config.suspect_s
+        session._visited[me] = None  # its own journal, too, is freed in the end
+        session._incident = _Incident("owner lost", -1, found.detected_by, now)
+        session._take(found.drawn)
+        return session
 
     # -- reading -------------------------------------------------------------------------------------------------------
 
@@ -190,6 +137,12 @@ class Session:
     def accepted(self) -> int:
         """Tokens held, prompt included."""
         return len(self.request.prompt) + len(self.drawn)
+
+    @property
+    def parties(self) -> list[NodeId]:
+        """The nodes of the route in order, and the witness where there is one."""
+        hops = [hop.node for hop in self.route.hops] if self.route else []
+        return [*hops, self.witness] if self.witness is not None else hops
 
     @property
     def deadline(self) -> float | None:
@@ -209,23 +162,29 @@ class Session:
         placement_id: m.PlacementId,
         now: float,
         exact: Literal["bitwise", "tokens"] = "bitwise",
+        witness: NodeId | None = None,
     ) -> list[Effect]:
-        """Open ``route`` under a new epoch.  ``exact``: what the substitutes' hardware class promises."""
+        """Open ``route`` under a new epoch.  ``exact``: what the substitutes' hardware class promises.
+
+        ``witness``: holds the journal where ``needs_witness``; without one a token is shown that only this node has.
+        """
         if self.state is State.ENDED:
             return []
-        left = [hop.node for hop in self.route.hops] if self.route else []
+        left = self.parties
         self.epoch = (self.epoch[0] + 1, self.me)
         self.route, self._placement_id = route, placement_id
+        self.witness = witness if needs_witness(route, self.me) else None
+        self._held, self._claimed = 0, self.accepted
         self.state = State.OPENING
         self._opened, self._standing, self._before, self._rounds = {}, {}, {}, 0
-        self._visited.update(dict.fromkeys(hop.node for hop in route.hops))
+        self._visited.update(dict.fromkeys(self.parties))
         self._retry_at = self._stall_at = self._silent_at = None
         self._resend_at, self._open_by = now + self.config.resend_s, now + self.config.open_timeout_s
         if self._incident is not None:
             self._incident.exact = exact
         # A hop that is no longer on the route is told at once; its lease frees it should this be lost.
-        gone = [node for node in dict.fromkeys(left) if node not in {hop.node for hop in route.hops}]
-        return [*(Send(node, m.Release(self.id, self.epoch)) for node in gone), *self._open_all()]
+        gone = [node for node in dict.fromkeys(left) if node not in self.parties]
+        return [*(Send(node, m.Release(self.id, self.epoch)) for node in gone), *self._open_all(now)]
 
     def unroutable(self, why: str, now: float) -> list[Effect]:
         """No route now: a session that has begun waits for one, with backoff; one that has not is refused."""
@@ -262,18 +221,18 @@ class Session:
         if self.state is State.ROUTING:
             self._suspects[node] = now + self.config.suspect_s
             return []
-        for index, hop in enumerate(self.route.hops):
-            if hop.node == node:
-                return self._lose(index, cause, cause, now)
-        return []
+        index = self._index_of(node)
+        return self._lose(index, cause, cause, now) if index >= 0 else []
 
     def receive(self, message: m.ToSession, sender: NodeId, now: float) -> list[Effect]:
-        if message.session != self.id or message.epoch != self.epoch or self.state in (State.ENDED, State.ROUTING):
+        if message.session != self.id or self.state is State.ENDED:
             return []
-        assert self.route is not None
-        index = getattr(message, "hop", len(self.route.hops) - 1)
-        index = self._index_of(sender) if index == -1 else index
-        if not 0 <= index < len(self.route.hops) or self.route.hops[index].node != sender:
+        index = self._index_of(sender)
+        if message.epoch != self.epoch or self.state is State.ROUTING:
+            # Who holds a journal of an epoch that it is no longer part of would adopt it one day.
+            stale = isinstance(message, m.Held) and message.epoch < self.epoch and index < 0
+            return [Send(sender, m.Release(self.id, self.epoch))] if stale else []
+        if index < 0 or getattr(message, "hop", -1) not in (-1, index):
             return [Emit(Rejected(sender, "speaks for a hop that it is not"))]
         return self._handlers[type(message)](index, message, now)
 
@@ -288,7 +247,7 @@ class Session:
             return self._lose(self._first_unopened(), "silent", "deadline", now)
         if self._resend_at is not None and now >= self._resend_at:
             self._resend_at = now + self.config.resend_s
-            return self._open_all()
+            return self._open_all(now)
         if self._silent_at is not None and now >= self._silent_at:
             return self._on_silence(now)
         if self._stall_at is not None and now >= self._stall_at:
@@ -301,6 +260,17 @@ class Session:
     def _begun(self) -> bool:
         return self.state is State.RUNNING or bool(self.drawn) or bool(self.recoveries)
 
+    @property
+    def _keeper(self) -> int | None:
+        """Index among the parties of who has to say that it holds a token; None: who drew it does, or nobody can."""
+        assert self.route is not None
+        nodes = [hop.node for hop in self.route.hops]
+        if nodes[-1] != self.me:
+            return None
+        if nodes[0] != self.me:
+            return 0
+        return len(nodes) if self.witness is not None else None
+
     def _need_route(self, now: float) -> list[Effect]:
         self.state = State.ROUTING
         # Should the driver not answer, the question is asked again.
@@ -311,14 +281,13 @@ class Session:
         keep = tuple(hop for hop in hops if hop.node not in exclude)
         return [Emit(NeedRoute(keep, exclude))]
 
-    def _open_all(self) -> list[Effect]:
-        assert self.route is not None
-        missing = [index for index in range(len(self.route.hops)) if index not in self._opened]
-        return [Send(self.route.hops[index].node, self._open(index)) for index in missing]
+    def _open_all(self, now: float) -> list[Effect]:
+        parties = enumerate(self.parties)
+        return [Send(node, self._open(index, now)) for index, node in parties if index not in self._opened]
 
-    def _open(self, index: int) -> m.Open:
+    def _open(self, index: int, now: float) -> m.Open:
         assert self.route is not None
-        end_of_route = index in (0, len(self.route.hops) - 1)
+        holds_journal = index in (0, len(self.route.hops) - 1, len(self.route.hops))
         return m.Open(
             self.id,
             self.epoch,
@@ -328,8 +297,9 @@ class Session:
             max_positions=self.request.max_positions,
             priority=self.request.priority,
             accepted=self.accepted,
-            request=self.request if end_of_route else None,
-            drawn=tuple(self.drawn) if end_of_route else (),
+            request=self.request if holds_journal else None,
+            drawn=tuple(self.drawn) if holds_journal else (),
+            left_s=self._ends_at - now,
         )
 
     def _on_opened(self, index: int, message: m.Opened, now: float) -> list[Effect]:
@@ -337,20 +307,21 @@ class Session:
         if self.state is not State.OPENING or index in self._opened:
             return []
         self._opened[index] = message.kept
-        if len(self._opened) < len(self.route.hops):
+        if len(self._opened) < len(self.parties):
             return []
         self.state = State.RUNNING
         self._resend_at = self._open_by = None
         self._acked = self.accepted
+        self._held = max(self._held, self._claimed)
         if self._incident is not None:
-            self._incident.replayed = sum(max(0, self.accepted - 1 - kept) for kept in self._opened.values())
+            kept = [self._opened[index] for index in range(len(self.route.hops))]
+            self._incident.replayed = sum(max(0, self.accepted - 1 - length) for length in kept)
         if self._stall_at is None:
             self._stall_at = now + max(self._token_deadline(), self.config.first_token_s)
-        return []
+        return self._show(now)
 
     def _first_unopened(self) -> int:
-        assert self.route is not None
-        return next(index for index in range(len(self.route.hops)) if index not in self._opened)
+        return next(index for index in range(len(self.parties)) if index not in self._opened)
 
     def _on_refused(self, index: int, message: m.Refused, now: float) -> list[Effect]:
         """Another placement or a full hop is no fault of the hop, and what cannot be drawn by any sampler ends the
@@ -379,10 +350,33 @@ class Session:
         assert self.route is not None
         self._retries += 1
         self._busy = message
-        self._suspects[self.route.hops[index].node] = now + message.retry_after_s
+        self._suspects[self.parties[index]] = now + message.retry_after_s
         if self._retries > self.request.max_retries:
             return self._fail("busy", message.why, message.retry_after_s)
         return [*self._release_all(), *self._need_route(now)]
+
+    # -- other owners --------------------------------------------------------------------------------------------------
+
+    def _on_ahead(self, index: int, message: m.Ahead, now: float) -> list[Effect]:
+        """More is known there: learn it, and yield to a living owner of a newer epoch or claim again above it."""
+        if message.drawn[: len(self.drawn)] == tuple(self.drawn):
+            self._take(message.drawn[len(self.drawn) :])
+        owner = message.known[1]
+        if message.known > self.epoch and owner != self.me and self._suspects.get(owner, now) <= now:
+            self.state = State.ENDED
+            mine = [] if self.me in self.parties else [Send(self.me, m.Release(self.id, self.epoch))]
+            return [*mine, Emit(Moved(owner))]
+        self._retries += 1
+        if self._retries > self.request.max_retries:
+            return self._fail("session_lost", f"node {self.parties[index][:8]} follows another owner")
+        self.epoch = max(self.epoch, message.known)
+        return self._need_route(now)
+
+    def _take(self, drawn: tuple[int, ...]) -> None:
+        """Tokens that another owner accepted: shown by this one when others hold them under its epoch."""
+        for token in drawn:
+            self._unshown.append(Accepted(self.accepted, token, 0.0, ()))
+            self.drawn.append(token)
 
     # -- tokens --------------------------------------------------------------------------------------------------------
 
@@ -390,25 +384,51 @@ class Session:
         assert self.route is not None
         if index != len(self.route.hops) - 1:
             return [Emit(Rejected(self.route.hops[index].node, "draws a token but is not the sampler"))]
-        if message.position > self.accepted:
+        if message.position > self.accepted:  # one was lost; those behind it must not all ask
+            if now < self._ask_at:
+                return []
+            self._ask_at = now + self.config.ask_again_s
             return [Send(self.route.hops[index].node, m.Progress(self.id, self.epoch, self.accepted))]
         if message.position < self.accepted:
             return []
         effects = self._on_flow(now)
         self.drawn.append(message.token)
-        effects.append(Emit(Accepted(message.position, message.token, message.logprob, message.top)))
-        reason = m.finish_reason(self.request, self.drawn)
-        return [*effects, *self._end(Ended(reason))] if reason else effects
+        self._unshown.append(Accepted(message.position, message.token, message.logprob, message.top))
+        if self._keeper == len(self.route.hops):
+            assert self.witness is not None
+            effects.append(Send(self.witness, m.Feed(self.id, self.epoch, message.position, (message.token,))))
+        return [*effects, *self._show(now)]
+
+    def _show(self, now: float) -> list[Effect]:
+        """Everything that another node holds, and the end after the last of it."""
+        if self.state is not State.RUNNING:
+            return []
+        limit = self.accepted if self._keeper is None else self._held
+        effects: list[Effect] = []
+        while self._unshown and self._unshown[0].position < limit:
+            effects.append(Emit(self._unshown.popleft()))
+        reason = None if self._unshown else m.finish_reason(self.request, self.drawn)
+        return [*effects, *self._recovered(now), *self._end(Ended(reason))] if reason else effects
+
+    def _on_held(self, index: int, message: m.Held, now: float) -> list[Effect]:
+        """A holder's journal grew; one that says nothing new asks whether this session is still owned here."""
+        if index != self._keeper or message.tokens <= self._held:
+            return [Send(self.parties[index], m.Lease(((self.id, self.epoch),)))]
+        self._held = min(message.tokens, self.accepted)
+        return self._show(now)
 
     def _on_flow(self, now: float) -> list[Effect]:
         """A token came: progress, so retries and alarms begin anew, and a recovery is over."""
-        incident, self._incident = self._incident, None
-        if incident is None and self.drawn:
+        if self._incident is None and self.drawn:
             self._gaps.append(now - self._last_token_at)
         self._last_token_at = now
         self._retries, self._rounds, self._patience = 0, 0, 1.0
         self._silent_at = None
         self._stall_at = now + self._token_deadline()
+        return self._recovered(now)
+
+    def _recovered(self, now: float) -> list[Effect]:
+        incident, self._incident = self._incident, None
         if incident is None:
             return []
         pause = (now - incident.since) * 1e3
@@ -417,6 +437,9 @@ class Session:
         return [Emit(Recovered(self.recoveries[-1]))]
 
     def _on_prompt_logprobs(self, index: int, message: m.PromptLogprobs, now: float) -> list[Effect]:
+        assert self.route is not None
+        if index != len(self.route.hops) - 1:
+            return [Emit(Rejected(self.parties[index], "scores a prompt but is not the sampler"))]
         return [Emit(PromptScored(message.start, message.rows))]
 
     # -- deadlines -----------------------------------------------------------------------------------------------------
@@ -434,20 +457,24 @@ class Session:
         if late > self.config.stall_min_s / 2:  # our own loop was stalled: what came meanwhile is not read yet
             self._stall_at = now + late
             return []
-        if self._shown + m.RUN_AHEAD <= self.accepted:  # the client is slow, not the route
+        if self._shown + m.RUN_AHEAD <= self.accepted - len(self._unshown):  # the client is slow, not the route
             self._stall_at = now + self._token_deadline()
             return []
         self._before, self._standing = self._standing, {}
         self._silent_at = now + self.config.silent_s * self._patience
         ask = m.Progress(self.id, self.epoch, self.accepted)
-        return [Send(hop.node, ask) for hop in self.route.hops]
+        effects: list[Effect] = [Send(node, ask) for node in self.parties]
+        if self.witness is not None and self._held < self.accepted:
+            missing = tuple([*self.request.prompt, *self.drawn][self._held :])
+            effects.insert(0, Send(self.witness, m.Feed(self.id, self.epoch, self._held, missing)))
+        return effects
 
     def _on_progressing(self, index: int, message: m.Progressing, now: float) -> list[Effect]:
         assert self.route is not None
         if self._silent_at is None:
             return []
         self._standing[index] = message
-        if len(self._standing) < len(self.route.hops):
+        if len(self._standing) < len(self.parties):
             return []
         self._silent_at = None
         moved = any(self._before.get(i) != standing for i, standing in self._standing.items())
@@ -461,7 +488,8 @@ class Session:
 
     def _stuck_hop(self) -> int:
         """The first hop that has work and does none, else the first that does not get what the one before has."""
-        standing = [self._standing[index] for index in range(len(self._standing))]
+        assert self.route is not None
+        standing = [self._standing[index] for index in range(len(self.route.hops))]
         for index, at in enumerate(standing):
             if at.submitted > at.done:
                 return index
@@ -477,14 +505,13 @@ class Session:
         if late > self.config.stall_min_s / 2:
             self._silent_at = now + late
             return []
-        silent = next(index for index in range(len(self.route.hops)) if index not in self._standing)
+        silent = next(index for index in range(len(self.parties)) if index not in self._standing)
         return self._lose(silent, "silent", "deadline", now)
 
     # -- losing a hop, and ending --------------------------------------------------------------------------------------
 
     def _lose(self, index: int, cause: str, detected_by: str, now: float, why: str = "") -> list[Effect]:
-        assert self.route is not None
-        node = self.route.hops[index].node
+        node = self.parties[index]
         self._suspects[node] = now + self.config.suspect_s
         self._retries += 1
         if self._retries > self.request.max_retries:
@@ -494,8 +521,7 @@ class Session:
         return self._need_route(now)
 
     def _index_of(self, node: NodeId) -> int:
-        assert self.route is not None
-        return next((index for index, hop in enumerate(self.route.hops) if hop.node == node), -1)
+        return next((index for index, party in enumerate(self.parties) if party == node), -1)
 
     def _backoff(self) -> float:
         """50 ms x 2^k with jitter, at most 2 s."""

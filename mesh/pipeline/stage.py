@@ -22,14 +22,17 @@ import msgspec
 from mesh.core import Effect, Emit, Rejected, Send
 from mesh.pipeline import messages as m
 from mesh.pipeline.checkpoints import Checkpoints, Segment
-from mesh.types import Hop, LayerSpan, NodeId, Priority, SamplingParams
+from mesh.pipeline.early import EarlyFrames
+from mesh.pipeline.journal import Journal, JournalConfig, Journals
+from mesh.pipeline.work import Compute, Computed, FetchPlacement, Free, Reserve, Truncate
+from mesh.types import Hop, LayerSpan, NodeId, SamplingParams
 
 
 class StageConfig(msgspec.Struct, frozen=True):
     """Budgets and times of a stage."""
 
     lease_s: float = 60.0
-    """A session that its owner has not renewed for this long is freed."""
+    """A session that its owner has not renewed for this long is freed, where no journal of it is held."""
     checkpoint_bytes: int = 1 << 30
     """Host memory for checkpointed activations; beyond it the oldest session's are given up."""
     held_frames: int = 4096
@@ -38,80 +41,13 @@ class StageConfig(msgspec.Struct, frozen=True):
     held_s: float = 10.0
     """... and this long."""
     sweep_s: float = 5.0
-
-
-# -- what the driver is asked to do, in order --------------------------------------------------------------------------
-
-
-class Reserve(msgspec.Struct, frozen=True):
-    """Reserve room in the engine, then call ``StageCore.reserved`` or ``StageCore.refused``."""
-
-    key: str
-    model: str
-    start: int
-    end: int
-    max_positions: int
-    priority: Priority
-    hops: int
-    sampling: SamplingParams | None
-    tokens: tuple[int, ...]
-
-
-class Compute(msgspec.Struct, frozen=True):
-    """Compute positions [start, start + n) from ``tokens`` (hop 0) or from ``hidden``."""
-
-    key: str
-    tag: int
-    """Comes back with the result; what was begun before a roll-back carries an older one."""
-    start: int
-    n: int
-    tokens: tuple[int, ...] = ()
-    hidden: memoryview | None = None
-    sample: bool = False
-    prompt_logprobs: bool = False
-
-
-class Computed(msgspec.Struct, frozen=True):
-    """The engine's answer to (a leading part of) a ``Compute``."""
-
-    key: str
-    tag: int
-    start: int
-    n: int
-    hidden: memoryview | None = None
-    token: int | None = None
-    logprob: float = 0.0
-    top: tuple[tuple[int, float], ...] = ()
-    prompt_logprobs: tuple[tuple[float, tuple[tuple[int, float], ...]], ...] = ()
-    error: str = ""
-    final: bool = False
-    """Of an error: any other node would come to the same."""
-
-
-class Truncate(msgspec.Struct, frozen=True):
-    """Keep only the first ``length`` positions; work that was begun past them is void."""
-
-    key: str
-    length: int
-
-
-class Free(msgspec.Struct, frozen=True):
-    """Free what ``Reserve`` took."""
-
-    key: str
-
-
-class FetchPlacement(msgspec.Struct, frozen=True):
-    """A session names a newer placement than is active here: fetch the committed record from ``peer``."""
-
-    peer: NodeId
-    placement_id: m.PlacementId
+    journal: JournalConfig = JournalConfig()
 
 
 class _Hop:
     """One session at this hop."""
 
-    def __init__(self, message: m.Open, key: str, now: float) -> None:
+    def __init__(self, message: m.Open, journal: Journal | None, key: str, now: float) -> None:
         self.key = key
         self.tag = 0
         self.submitted = 0
@@ -120,15 +56,13 @@ class _Hop:
         self.acked = 0
         self.asked = -1
         self.checkpoints = Checkpoints()
-        self.tokens: list[int] = []
         self.scores: dict[int, tuple[float, tuple[tuple[int, float], ...]]] = {}
         """Position -> (logprob, top) of the tokens drawn here that the owner may not have yet, in order."""
-        self.request = message.request
-        self.follow(message, now)
+        self.follow(message, journal, now)
 
-    def follow(self, message: m.Open, now: float) -> None:
+    def follow(self, message: m.Open, journal: Journal | None, now: float) -> None:
         """Take over the route of ``message``; nothing crosses the boundary until the hop behind says from where."""
-        self.open = message
+        self.open, self.journal = message, journal
         self.epoch = message.epoch
         self.hops = message.route.hops
         self.index = message.hop
@@ -139,9 +73,6 @@ class _Hop:
         self.asked = -1
         self.scores = {}
         self.acked = max(self.acked, message.accepted)
-        if message.request is not None:
-            self.request = message.request
-            self.tokens = [*message.request.prompt, *message.drawn]
 
     @property
     def owner(self) -> NodeId:
@@ -157,9 +88,15 @@ class _Hop:
         return self.hops[(self.index + 1) % len(self.hops)].node
 
     @property
-    def drawn(self) -> list[int]:
-        assert self.request is not None
-        return self.tokens[len(self.request.prompt) :]
+    def tokens(self) -> list[int]:
+        """Of the journal, at the two ends of the route."""
+        assert self.journal is not None
+        return self.journal.tokens
+
+    @property
+    def confirms(self) -> bool:
+        """The owner is the sampler: it shows a token when this hop, the first, has it."""
+        return self.first and self.owner == self.hops[-1].node != self.hops[0].node
 
 
 class StageCore:
@@ -175,9 +112,8 @@ class StageCore:
         self._sessions: dict[m.SessionId, _Hop] = {}
         self._keys: dict[str, m.SessionId] = {}
         self._reserving: dict[str, m.Open] = {}
-        self._held: dict[m.SessionId, list[tuple[float, NodeId, m.PipelineMessage]]] = {}
-        self._held_frames = 0
-        self._held_bytes = 0
+        self._early = EarlyFrames(self.config.held_frames, self.config.held_bytes)
+        self.journals = Journals(me, self.config.journal, self._free)
         self._serial = 0
         self._next_sweep: float | None = None
         self._handlers: dict[type, Callable[..., list[Effect]]] = {
@@ -192,7 +128,7 @@ class StageCore:
 
     @property
     def deadline(self) -> float | None:
-        return self._next_sweep
+        return min((t for t in (self._next_sweep, self.journals.next_due) if t is not None), default=None)
 
     def sessions(self) -> list[tuple[m.SessionId, m.Open, int]]:
         """(session, its Open, positions computed) of every session, for status."""
@@ -223,31 +159,41 @@ class StageCore:
             return self._on_open(message, sender, now)
         if isinstance(message, m.Release):
             return self._on_release(message, sender)
-        hop = self._sessions.get(message.session)
-        if hop is None or message.epoch > hop.epoch:
-            return self._hold(message, sender, now)
-        if message.epoch < hop.epoch:
+        if isinstance(message, m.Disown):
+            return self.journals.disowned(message, sender, now)
+        known = self._known(message.session)
+        if known is None or message.epoch > known:
+            self._early.hold(message, sender, now)
             return []
+        if message.epoch < known:
+            return self._outdated(message, sender, known)
+        hop = self._sessions.get(message.session)
+        if hop is None:
+            return self._as_witness(message, sender, now)
         return self._handlers[type(message)](hop, message, sender)
 
     def tick(self, now: float) -> list[Effect]:
-        """Free what nobody renewed, and forget frames whose Open never came."""
+        """Free what nobody renewed, adopt what lost its owner, and forget frames whose Open never came."""
+        effects = self.journals.tick(now)
         if self._next_sweep is None or now < self._next_sweep:
-            return []
-        expired = [s for s, hop in self._sessions.items() if now - hop.lease_from > self.config.lease_s]
-        effects = [effect for session in expired for effect in self._free(session)]
-        for session, frames in list(self._held.items()):
-            if now - frames[-1][0] > self.config.held_s:
-                self._unhold(session)
-        self._next_sweep = now + self.config.sweep_s if self._sessions or self._held else None
+            return effects
+        for session, hop in list(self._sessions.items()):
+            if hop.journal is None and now - hop.lease_from > self.config.lease_s:
+                effects += self._free(session)
+        self._early.forget(now - self.config.held_s)
+        self._next_sweep = now + self.config.sweep_s if self._sessions or self._early else None
         return effects
+
+    def lost(self, node: NodeId, cause: str, now: float) -> list[Effect]:
+        """A connection to ``node`` was reset and could not be made again, or gossip holds it dead."""
+        return self.journals.lost(node, cause, now)
 
     def reserved(self, key: str, now: float) -> list[Effect]:
         """The driver's answer to ``Reserve``: there is room."""
         message = self._reserving.pop(key, None)
         if message is None:  # released meanwhile
             return [Emit(Free(key))]
-        hop = _Hop(message, key, now)
+        hop = _Hop(message, self._journal_of(message, now), key, now)
         self._sessions[message.session] = hop
         self._keys[key] = message.session
         return self._opened(message.session, hop, now)
@@ -277,11 +223,17 @@ class StageCore:
         fault = self._fault_of(message, sender)
         if fault:
             return [Emit(Rejected(sender, fault))]
-        hop = self._sessions.get(message.session)
-        if hop is not None and message.epoch <= hop.epoch:
-            return self._opened(message.session, hop, now) if message.epoch == hop.epoch else []
+        hop, known = self._sessions.get(message.session), self._known(message.session)
         if any(o.session == message.session and o.epoch >= message.epoch for o in self._reserving.values()):
             return []  # sent again, while the engine is still being asked
+        if hop is not None and message.epoch == hop.epoch:
+            return self._opened(message.session, hop, now)
+        journal = self.journals.get(message.session)
+        if known is not None and (message.epoch < known or (journal is not None and journal.has_more(message))):
+            return self._ahead(message.session, message.epoch, known)
+        if message.hop == len(message.route.hops):
+            freed = self._free(message.session) if hop is not None else []
+            return [*freed, *self.journals.witness(message, now), *self._replay_early(message.session, now)]
         refusal = self._refusal(message)
         if refusal is not None:
             fetch = [Emit(FetchPlacement(sender, message.placement_id))] if refusal.code == "unknown_placement" else []
@@ -291,13 +243,47 @@ class StageCore:
         freed = self._free(message.session) if hop is not None else []
         return [*freed, *self._reserve(message)]
 
+    def _known(self, session: m.SessionId) -> m.Epoch | None:
+        """The newest epoch of ``session`` that is followed here, as hop or as witness."""
+        hop, journal = self._sessions.get(session), self.journals.get(session)
+        epochs = [held.epoch for held in (hop, journal) if held is not None]
+        return max(epochs, default=None)
+
+    def _ahead(self, session: m.SessionId, epoch: m.Epoch, known: m.Epoch) -> list[Effect]:
+        """Tell the owner in ``epoch`` that more is known here."""
+        journal = self.journals.get(session)
+        return [Send(epoch[1], m.Ahead(session, epoch, known, journal.drawn if journal is not None else ()))]
+
+    def _outdated(self, message: m.PipelineMessage, sender: NodeId, known: m.Epoch) -> list[Effect]:
+        """Of an older epoch: void.  An owner that does not know yet that another took over is told."""
+        if isinstance(message, m.Ack | m.Progress) and sender == message.epoch[1] != known[1]:
+            return self._ahead(message.session, message.epoch, known)
+        return []
+
+    def _as_witness(self, message: m.PipelineMessage, sender: NodeId, now: float) -> list[Effect]:
+        journal = self.journals.get(message.session)
+        assert journal is not None
+        if sender != journal.owner:
+            return [Emit(Rejected(sender, "speaks for the owner of a session that it does not own"))]
+        journal.renew(now)
+        if isinstance(message, m.Feed):
+            return self.journals.on_feed(journal, message)
+        return self.journals.standing(journal) if isinstance(message, m.Progress) else []
+
+    def _journal_of(self, message: m.Open, now: float) -> Journal | None:
+        """The journal to hold from now on, at an end of the route."""
+        if message.request is not None:
+            return self.journals.follow(message, now)
+        self.journals.drop(message.session)
+        return None
+
     def _fault_of(self, message: m.Open, sender: NodeId) -> str:
         hops = message.route.hops
         if sender != message.epoch[1]:
             return "opens a session for another owner"
-        if not 0 <= message.hop < len(hops) or hops[message.hop].node != self.me:
+        if not 0 <= message.hop <= len(hops) or (message.hop < len(hops) and hops[message.hop].node != self.me):
             return "opens a hop that is not this node"
-        if message.hop in (0, len(hops) - 1) and message.request is None:
+        if message.hop in (0, len(hops) - 1, len(hops)) and message.request is None:
             return "opens an end of a route without the request"
         if message.request is not None and message.accepted != len(message.request.prompt) + len(message.drawn):
             return "opens with a wrong count of accepted tokens"
@@ -346,8 +332,8 @@ class StageCore:
 
     def _resume(self, hop: _Hop, message: m.Open, now: float) -> list[Effect]:
         """Keep what follows from the accepted tokens.  The sampler's last position is computed again, to draw."""
+        hop.follow(message, self._journal_of(message, now), now)
         keep = message.accepted - 1 if hop.last else message.accepted
-        hop.follow(message, now)
         # Always void what is under way: its results may rest on tokens that were never accepted.
         return self._cut(hop, min(keep, hop.done))
 
@@ -355,54 +341,54 @@ class StageCore:
         hop.lease_from = now
         effects: list[Effect] = [Send(hop.owner, m.Opened(session, hop.epoch, hop.index, hop.submitted))]
         effects += self._want(session, hop)
-        for _, sender, message in self._unhold(session):
+        return [*effects, *self._replay_early(session, now)]
+
+    def _replay_early(self, session: m.SessionId, now: float) -> list[Effect]:
+        """What came before its Open is taken up now."""
+        effects: list[Effect] = []
+        for _, sender, message in self._early.take(session):
             effects += self.receive(message, sender, now)  # type: ignore[arg-type]
         return effects
 
     def _on_release(self, message: m.Release, sender: NodeId) -> list[Effect]:
-        hop = self._sessions.get(message.session)
         if sender != message.epoch[1]:
             return [Emit(Rejected(sender, "releases another owner's session"))]
         self._stop_reserving(message.session, message.epoch)
-        if hop is None or message.epoch < hop.epoch:
-            self._unhold(message.session)
+        known = self._known(message.session)
+        if known is None or message.epoch < known:
+            self._early.take(message.session)
             return []
         return self._free(message.session)
 
     def _on_lease(self, message: m.Lease, sender: NodeId, now: float) -> list[Effect]:
         effects: list[Effect] = []
         for session, epoch in message.sessions:
-            hop = self._sessions.get(session)
-            if hop is None:
+            known = self._known(session)
+            if known is None:
                 unknown = m.Refused(session, epoch, -1, "unknown_session", "the session is not held here (any more)")
                 effects.append(Send(sender, unknown))
-            elif hop.owner == sender:
-                hop.lease_from = now
+            elif known[1] == sender:
+                self._renew(session, now)
+            elif epoch < known:
+                effects += self._ahead(session, epoch, known)
         return effects
 
+    def _renew(self, session: m.SessionId, now: float) -> None:
+        hop, journal = self._sessions.get(session), self.journals.get(session)
+        if hop is not None:
+            hop.lease_from = now
+        if journal is not None:
+            journal.renew(now)
+
     def _free(self, session: m.SessionId) -> list[Effect]:
-        hop = self._sessions.pop(session)
+        self.journals.drop(session)
+        self._early.take(session)
+        hop = self._sessions.pop(session, None)
+        if hop is None:
+            return []
         del self._keys[hop.key]
-        self._unhold(session)
         self.checkpoint_bytes -= hop.checkpoints.drop()
         return [Emit(Free(hop.key))]
-
-    # -- frames that came before their Open ----------------------------------------------------------------------------
-
-    def _hold(self, message: m.PipelineMessage, sender: NodeId, now: float) -> list[Effect]:
-        size = _size(message)
-        if self._held_frames >= self.config.held_frames or self._held_bytes + size > self.config.held_bytes:
-            return []  # what is dropped here is asked for again by Gap
-        self._held.setdefault(message.session, []).append((now, sender, message))
-        self._held_frames += 1
-        self._held_bytes += size
-        return []
-
-    def _unhold(self, session: m.SessionId) -> list[tuple[float, NodeId, m.PipelineMessage]]:
-        frames = self._held.pop(session, [])
-        self._held_frames -= len(frames)
-        self._held_bytes -= sum(_size(message) for _, _, message in frames)
-        return frames
 
     # -- the flow of positions -----------------------------------------------------------------------------------------
 
@@ -420,7 +406,9 @@ class StageCore:
         return self._want(session, hop)
 
     def _pump(self, hop: _Hop) -> list[Effect]:
-        limit = min(len(hop.tokens), max(hop.acked + m.RUN_AHEAD, hop.open.accepted))
+        assert hop.journal is not None
+        wanted = len(hop.tokens) - hop.journal.complete  # after the last token nothing is drawn
+        limit = min(wanted, max(hop.acked + m.RUN_AHEAD, hop.open.accepted))
         if hop.submitted >= limit:
             return []
         tokens = tuple(hop.tokens[hop.submitted : limit])
@@ -431,8 +419,11 @@ class StageCore:
     ) -> list[Effect]:
         hop.submitted = start + n
         # A row is drawn from only at the frontier: before it the next token is known already (a replay).
-        sample = hop.last and hop.submitted == len(hop.tokens)
-        scored = hop.last and hop.request is not None and hop.request.prompt_logprobs
+        sample = scored = False
+        if hop.last:
+            assert hop.journal is not None
+            sample = hop.submitted == len(hop.tokens) and not hop.journal.complete
+            scored = hop.journal.request.prompt_logprobs
         return [Emit(Compute(hop.key, hop.tag, start, n, tokens, hidden, sample, scored))]
 
     def _on_forward(self, hop: _Hop, message: m.Forward, sender: NodeId) -> list[Effect]:
@@ -481,19 +472,16 @@ class StageCore:
             effects.append(Send(hop.owner, m.PromptLogprobs(session, hop.epoch, result.start + 1, rows)))
         if result.token is None:
             return effects
-        assert hop.request is not None
+        assert hop.journal is not None
         assert hop.done == len(hop.tokens)
         position = len(hop.tokens)
         hop.tokens.append(result.token)
         hop.scores[position] = (result.logprob, result.top)
         hop.scores.pop(position - 2 * m.RUN_AHEAD, None)  # the owner has that one: hop 0 does not run so far ahead
         effects.append(Send(hop.owner, m.Token(session, hop.epoch, position, result.token, result.logprob, result.top)))
-        if m.finish_reason(hop.request, hop.drawn) is None:
-            if hop.first:
-                effects += self._pump(hop)
-            else:
-                effects.append(Send(hop.behind, m.Feed(session, hop.epoch, position, (result.token,))))
-        return effects
+        if hop.first:
+            return [*effects, *self._pump(hop)]
+        return [*effects, Send(hop.behind, m.Feed(session, hop.epoch, position, (result.token,)))]
 
     def _on_gap(self, hop: _Hop, message: m.Gap, sender: NodeId) -> list[Effect]:
         if sender != hop.behind or message.expected < 0:
@@ -512,10 +500,10 @@ class StageCore:
             return [Emit(Rejected(sender, "feeds tokens to a hop that it is not the sampler of"))]
         if message.start < 0 or message.start + len(message.tokens) > hop.open.max_positions:
             return [Emit(Rejected(sender, "feeds tokens past the end of the session"))]
-        if message.start > len(hop.tokens):
+        assert hop.journal is not None
+        if not hop.journal.learn(message.start, message.tokens):
             return [Send(sender, m.Gap(message.session, hop.epoch, len(hop.tokens)))]
-        hop.tokens += message.tokens[len(hop.tokens) - message.start :]
-        return self._pump(hop)
+        return [*([hop.journal.held()] if hop.confirms else []), *self._pump(hop)]
 
     def _on_ack(self, hop: _Hop, message: m.Ack, sender: NodeId) -> list[Effect]:
         if sender != hop.owner:
@@ -529,8 +517,11 @@ class StageCore:
             return [Emit(Rejected(sender, "asks after another owner's session"))]
         session = message.session
         effects = self._on_ack(hop, m.Ack(session, message.epoch, message.accepted), sender)
-        standing = m.Progressing(session, hop.epoch, hop.index, hop.submitted, hop.done, len(hop.tokens))
+        tokens = len(hop.tokens) if hop.journal is not None else 0
+        standing = m.Progressing(session, hop.epoch, hop.index, hop.submitted, hop.done, tokens)
         effects.append(Send(hop.owner, standing))
+        if hop.confirms and hop.journal is not None:
+            effects.append(hop.journal.held())
         if hop.last:
             effects += [
                 Send(hop.owner, m.Token(session, hop.epoch, position, hop.tokens[position], *score))
@@ -564,13 +555,6 @@ class StageCore:
             freed = hop.checkpoints.drop()
             self.checkpoint_bytes -= freed
             self.checkpoints_dropped += bool(freed)
-
-
-def _size(message: m.PipelineMessage) -> int:
-    """About what a held message takes in memory."""
-    if isinstance(message, m.Forward):
-        return 64 + len(message.payload)
-    return 64 + (8 * len(message.tokens) if isinstance(message, m.Feed) else 0)
 
 
 def _mine(message: m.Open) -> Hop:

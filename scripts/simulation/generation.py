@@ -1,4 +1,4 @@
-"""Sessions and stages under random schedules of faults: P1 and P2 when each is over."""
+"""Sessions and stages under random schedules of faults: P4, P6, P7 at every step, P1, P2, P3 when each is over."""
 
 from __future__ import annotations
 
@@ -7,30 +7,36 @@ from collections.abc import Callable
 from typing import Any
 
 from scripts.simulation.tally import Tally
-from tests.sim.generation_world import SPANS, play, schedule
+from tests.sim.generation_world import play, weather_of
 
 UNDO = ("restart", "resume", "heal")
 
 
 def weathered(seed: int) -> dict[str, int]:
-    world = play(seed)
-    recoveries = world.core("entry").recoveries
-    causes = Counter(f"recoveries_{recovery.cause}" for recovery in recoveries)
-    faults = schedule(world.rng_for("faults"), list(SPANS))
+    weather = play(seed)
+    world = weather.world
+    recoveries = [r for node in world.nodes.values() if node.up for r in node.core.recoveries]
+    causes = Counter(f"recoveries_{recovery.cause.replace(' ', '_')}" for recovery in recoveries)
+    _, faults = weather_of(seed)
     return {
         "steps": world.steps,
         "faults": sum(fault.kind not in UNDO and (fault.kind != "slow" or fault.value > 0.0) for fault in faults),
-        "tokens": sum(len(stream) for stream in world.core("entry").streams.values()),
+        "tokens": sum(len(client.tokens) for client in weather.clients),
         "recoveries": len(recoveries),
         "replays": sum(recovery.positions_replayed > 0 for recovery in recoveries),
         "positions_replayed": sum(recovery.positions_replayed for recovery in recoveries),
+        "adoptions": weather.counts["adoptions"],
+        "relays": weather.counts["relays"],
+        "claims_contested": weather.counts["contested"],
+        "clients_moved": sum(client.moves for client in weather.clients),
+        "all_holders_killed": len(weather.lost),
         **causes,
     }
 
 
 def p1(runs: Tally) -> dict[str, Any]:
     return {
-        "what": "random fault schedules on the production session and stage cores, P1 and P2 at the end of each",
+        "what": "random fault schedules on the production session and stage cores: P1-P4, P6, P7",
         "value": {"violations": runs.violations, "schedules": runs.schedules},
         "unit": "schedules",
         "goal": "0 violations",

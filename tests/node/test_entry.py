@@ -109,8 +109,8 @@ async def rest(generation: LiveGeneration, got: list[Any] | None = None) -> list
 def waiting(generation: LiveGeneration) -> list[Any]:
     """Events that are there already."""
     found = []
-    while not generation._events.empty():
-        found.append(generation._events.get_nowait())
+    while generation._log:
+        found.append(generation._log.pop(0))
     return found
 
 
@@ -280,10 +280,16 @@ async def test_a_protocols_complaint_goes_to_the_node(world: World) -> None:
     assert [(type(event), event.sender) for event in world.events] == [(Rejected, "a")]
 
 
-async def test_messages_for_sessions_that_ended_are_dropped(world: World) -> None:
-    world.say(m.Token("gone", (1, "me"), 6, 30), "a")
+async def test_what_is_said_of_sessions_that_are_not_owned_here(world: World) -> None:
     world.say(m.Refused("gone", (1, "me"), 0, "failed", "x"), "a")
     assert world.posted == []
+    world.say(m.Token("gone", (1, "me"), 6, 30), "a")  # this node was restarted: whoever has the journal goes on
+    assert world.take(m.Disown) == [("a", m.Disown("gone", (1, "me")))]
+    generation = await world.open()
+    generation.finish("cancelled")
+    world.posted.clear()
+    world.say(m.Held("s", (1, "me"), 6), "b")
+    assert world.take(m.Release) == [("b", m.Release("s", (1, "me")))]
 
 
 # -- log-probabilities of the prompt -----------------------------------------------------------------------------------

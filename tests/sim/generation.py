@@ -12,9 +12,12 @@ from collections import deque
 from typing import Any
 
 from mesh.core import Effect, Emit, Send
+from mesh.pipeline import events as e
 from mesh.pipeline import messages as m
-from mesh.pipeline import session as s
-from mesh.pipeline import stage as t
+from mesh.pipeline import work as t
+from mesh.pipeline.journal import Adopt, disclaim, needs_witness
+from mesh.pipeline.session import Session
+from mesh.pipeline.stage import StageCore
 from mesh.types import Hop, LayerSpan, Route, SamplingParams
 
 LAYERS = 6
@@ -129,14 +132,31 @@ class FakeEngine:
 class Peer:
     """One node as the composition root wires it: sessions that it owns, a stage, an engine."""
 
-    def __init__(self, me: str, rng: random.Random, spans: dict[str, tuple[int, int]], slots: int = 64) -> None:
-        self.me, self.rng, self.spans = me, rng, spans
-        self.stage = t.StageCore(me)
-        self.engine = FakeEngine(rng, slots)
-        self.sessions: dict[str, s.Session] = {}
+    session_type: type[Session] = Session
+    stage_type: type[StageCore] = StageCore
+
+    def __init__(
+        self,
+        me: str,
+        rng: random.Random,
+        spans: dict[str, tuple[int, int]],
+        nodes: list[str],
+        *,
+        slots: int = 64,
+        step_s: float = 0.01,
+        eager: bool = False,
+    ) -> None:
+        """``nodes``: the whole mesh, of which witnesses are chosen; ``eager``: this node routes through itself."""
+        self.me, self.rng, self.spans, self.nodes, self.eager = me, rng, spans, nodes, eager
+        self.stage = self.stage_type(me)
+        self.engine = FakeEngine(rng, slots, step_s)
+        self.sessions: dict[str, Session] = {}
         self.streams: dict[str, list[int]] = {}
+        """What each session has shown, from its first token on."""
         self.ends: dict[str, Any] = {}
-        self.recoveries: list[s.Recovery] = []
+        self.recoveries: list[e.Recovery] = []
+        self.shown: list[tuple[str, int]] = []
+        """(session, position) of tokens shown in this step, for checkers."""
         if me in spans:
             self.stage.set_spans([LayerSpan("toy", *spans[me])])
 
@@ -146,15 +166,13 @@ class Peer:
         return min((x for x in timers if x is not None), default=None)
 
     def open(self, session: str, request: m.SessionRequest, now: float) -> list[Effect]:
-        self.sessions[session] = s.Session(session, self.me, request, self.rng, now)
-        self.streams[session] = []
-        return self._done(session, self.sessions[session].start(now), now)
+        return self._own(session, self.session_type(session, self.me, request, self.rng, now), now)
 
     def receive(self, message: Any, sender: str, now: float) -> list[Effect]:
         if isinstance(message, m.TO_SESSION):
             session = self.sessions.get(message.session)
             if session is None:
-                return []
+                return disclaim(message, sender, message.session in self.ends)
             return self._done(message.session, session.receive(message, sender, now), now)
         return self._staged(self.stage.receive(message, sender, now), now)
 
@@ -168,12 +186,26 @@ class Peer:
                 effects += self._done(name, session.tick(now), now)
         return effects
 
-    def reset(self, peer: str, now: float) -> list[Effect]:
-        """The link to ``peer`` was reset and a reconnect failed."""
-        effects = []
+    def lost(self, peer: str, cause: str, now: float) -> list[Effect]:
+        """The link to ``peer`` was reset and a reconnect failed, or gossip holds it dead."""
+        effects = self._staged(self.stage.lost(peer, cause, now), now)
         for name, session in list(self.sessions.items()):
-            effects += self._done(name, session.lost(peer, "reset", now), now)
+            effects += self._done(name, session.lost(peer, cause, now), now)
         return effects
+
+    def renew(self) -> list[Effect]:
+        """The leases of all sessions that are owned here."""
+        held: dict[str, list[tuple[str, m.Epoch]]] = {}
+        for session in self.sessions.values():
+            for node in session.parties:
+                held.setdefault(node, []).append((session.id, session.epoch))
+        return [Send(node, m.Lease(tuple(sessions))) for node, sessions in held.items()]
+
+    def _own(self, name: str, session: Session, now: float) -> list[Effect]:
+        self.sessions[name] = session
+        self.streams[name] = []
+        self.ends.pop(name, None)
+        return self._done(name, session.start(now), now)
 
     def _staged(self, effects: list[Effect], now: float) -> list[Effect]:
         out: list[Effect] = []
@@ -193,6 +225,11 @@ class Peer:
                 self.engine.truncate(event.key, event.length)
             elif isinstance(event, t.Free):
                 self.engine.free(event.key)
+            elif isinstance(event, Adopt):
+                if event.session not in self.sessions:
+                    out.append(effect)
+                    session = self.session_type.adopt(event, self.me, self.rng, now)
+                    out += self._own(event.session, session, now)
             else:
                 out.append(effect)
         return out
@@ -201,29 +238,33 @@ class Peer:
         out: list[Effect] = []
         for effect in effects:
             event = effect.event if isinstance(effect, Emit) else None
-            if isinstance(event, s.NeedRoute):
+            if isinstance(event, e.NeedRoute):
                 out += self._done(name, self._route(name, event, now), now)
-            elif isinstance(event, s.Accepted):
-                request = self.sessions[name].request
-                assert event.position == len(request.prompt) + len(self.streams[name]), "each index once, in order"
+            elif isinstance(event, e.Accepted):
+                session = self.sessions[name]
+                assert event.position == len(session.request.prompt) + len(self.streams[name]), "once and in order"
                 self.streams[name].append(event.token)
-                out += self._done(name, self.sessions[name].acknowledge(event.position + 1, now), now)
-            elif isinstance(event, s.Ended | s.Failed):
+                self.shown.append((name, event.position))
+                out += self._done(name, session.acknowledge(event.position + 1, now), now)
+            elif isinstance(event, e.Ended | e.Failed | e.Moved):
+                out.append(effect)
                 self.ends[name] = event
                 self.sessions.pop(name)
-            elif isinstance(event, s.Recovered):
+            elif isinstance(event, e.Recovered):
                 self.recoveries.append(event.recovery)
             else:
                 out.append(effect)
         return out
 
-    def _route(self, name: str, ask: s.NeedRoute, now: float) -> list[Effect]:
+    def _route(self, name: str, ask: e.NeedRoute, now: float) -> list[Effect]:
         hops, at = [], 0
         while at < LAYERS:
             kept = [hop for hop in ask.keep if hop.start == at]
             ends = min([hop.start for hop in ask.keep if hop.start > at], default=LAYERS)
             able = [(n, b) for n, (a, b) in sorted(self.spans.items()) if a <= at < b and n not in ask.exclude]
             able = [(n, b) for n, b in able if n not in [hop.node for hop in (*ask.keep, *hops)]]
+            if self.eager and at in (0, self.spans.get(self.me, (-1, -1))[0]):
+                able = [pair for pair in able if pair[0] == self.me] or able
             if kept:
                 hops.append(kept[0])
             elif able:
@@ -232,4 +273,7 @@ class Peer:
             else:
                 return self.sessions[name].unroutable(f"no live node holds layer {at}", now)
             at = hops[-1].end
-        return self.sessions[name].follow(Route("toy", tuple(hops)), (0, 0), now)
+        route = Route("toy", tuple(hops))
+        others = [node for node in self.nodes if node != self.me and node not in ask.exclude]
+        witness = self.rng.choice(others) if others and needs_witness(route, self.me) else None
+        return self.sessions[name].follow(route, (0, 0), now, witness=witness)

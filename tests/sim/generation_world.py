@@ -1,94 +1,301 @@
-"""Worlds of sessions and stages, random schedules of faults, and what must be true when a schedule is over.
+"""Worlds of sessions and stages, random schedules of faults, and what must be true under them.
 
-P1: the client sees each token once, in order, equal to an undisturbed run's.  P2: every sequence, checkpoint and
-journal is freed after the end.  Shared by the tests and by ``scripts/simulate``.
+P1: the client sees each token once, in order, equal to an undisturbed run's, whichever node it has it from.
+P2: every sequence, checkpoint and journal is freed after the end.  P3: every client's stream ends.  P4: no message of
+another epoch than a hop follows changes it.  P6: what waits is bounded.  P7: what is shown is held by another node than
+the one showing it, and no journal that has it ever loses it.  Shared by the tests and by ``scripts/simulate``.
 """
 
 from __future__ import annotations
 
 import random
+from collections import Counter
+from typing import Any
 
+from mesh.core import Send
+from mesh.pipeline import events as e
 from mesh.pipeline import messages as m
-from mesh.pipeline import session as s
+from mesh.pipeline.journal import Adopt, needs_witness
 from mesh.types import SamplingParams
 from tests.sim.generation import Peer, oracle
-from tests.sim.world import Fault, NetParams, World
+from tests.sim.world import Fault, NetParams, Node, World
+
+Spans = dict[str, tuple[int, int]]
 
 # Two holders of every layer besides the entry, so that any one stage may go.
-SPANS = {"a1": (0, 2), "a2": (0, 2), "b1": (2, 4), "b2": (2, 4), "c1": (4, 6), "c2": (4, 6)}
+SPANS: Spans = {"a1": (0, 2), "a2": (0, 2), "b1": (2, 4), "b2": (2, 4), "c1": (4, 6), "c2": (4, 6)}
+LAYOUTS: dict[str, Spans] = {
+    "pure entry": SPANS,
+    "entry is hop 0": {"entry": (0, 2), **SPANS},
+    "entry is sampler": {"entry": (4, 6), **SPANS},
+    "entry is all": {"entry": (0, 6), "d1": (0, 6), "d2": (0, 6)},
+    "two halves": {"entry": (0, 3), "a": (0, 3), "b": (3, 6), "c": (3, 6)},
+}
+GOSSIP_S = 2.0
+"""A node that cannot be reached for this long is told dead."""
+SILENCE_S = 3.0
+"""A client whose node is silent for this long asks another."""
+POLL_S = 0.25
+RENEW_S = 20.0
 
 
-def make_world(seed: int, net: NetParams | None = None, spans: dict[str, tuple[int, int]] = SPANS) -> World:
+def make_world(
+    seed: int, net: NetParams | None = None, spans: Spans = SPANS, step_s: float = 0.01, peer: type[Peer] = Peer
+) -> World:
     world = World(seed, net)
-    for name in ("entry", *spans):
+    nodes = list(dict.fromkeys(["entry", *spans]))
+    for name in nodes:
         world.add(
             name,
-            make=lambda disk, now, name=name: Peer(name, world.rng_for(name), spans),
-            on_reset=lambda core, peer, now: core.reset(peer, now),
+            make=lambda disk, now, name=name: peer(
+                name, world.rng_for(name), spans, nodes, step_s=step_s, eager=name == "entry"
+            ),
+            on_reset=lambda core, gone, now: core.lost(gone, "reset", now),
         )
     return world
 
 
-def request(rng: random.Random, max_tokens: int = 24, timeout_s: float = 300.0) -> m.SessionRequest:
-    prompt = tuple(rng.randrange(97) for _ in range(rng.randint(1, 40)))
+def request(rng: random.Random, max_tokens: int = 24, timeout_s: float = 300.0, longest: int = 40) -> m.SessionRequest:
+    prompt = tuple(rng.randrange(97) for _ in range(rng.randint(1, longest)))
     sampling = SamplingParams(max_tokens=max_tokens, seed=rng.randrange(1 << 32), stop_token_ids=(0,))
     return m.SessionRequest(model="toy", prompt=prompt, sampling=sampling, timeout_s=timeout_s)
 
 
-def start(world: World, count: int, max_tokens: int = 24, timeout_s: float = 300.0) -> dict[str, m.SessionRequest]:
+def start(
+    world: World, count: int, max_tokens: int = 24, timeout_s: float = 300.0, longest: int = 40
+) -> dict[str, m.SessionRequest]:
     rng = world.rng_for("requests")
-    wanted = {f"s{index}": request(rng, max_tokens, timeout_s) for index in range(count)}
+    wanted = {f"s{index}": request(rng, max_tokens, timeout_s, longest) for index in range(count)}
     for name, ask in wanted.items():
         world.do("entry", lambda core, now, name=name, ask=ask: core.open(name, ask, now))
     return wanted
 
 
+class Client:
+    """Reads one stream: from the node that it asked, and when that is gone or silent from whichever owns it."""
+
+    def __init__(self, session: str, asked: m.SessionRequest, node: str = "entry") -> None:
+        self.session, self.node = session, node
+        self.expected = oracle(asked)
+        self.tokens: list[int] = []
+        self.end: Any = None
+        self.moves = 0
+        self._silent_since: float | None = None
+
+    def poll(self, world: World) -> None:
+        """Take what there is; P1 is checked here."""
+        source = self._source(world, world.nodes[self.node])
+        if source is None:
+            self._look_around(world)
+            return
+        self._silent_since = None
+        stream = source.streams[self.session]
+        self.tokens += stream[len(self.tokens) :]
+        assert self.tokens == self.expected[: len(self.tokens)], (self.session, self.node, "tokens differ")
+        if self.session in source.ends:
+            self.end = source.ends[self.session]
+
+    def _source(self, world: World, node: Node, hops: int = 3) -> Peer | None:
+        """The core that this client's node has the stream from: itself, or whoever it says owns the session now."""
+        if not node.up or node.paused:
+            return None
+        core: Peer = node.core
+        if self.session in core.sessions or isinstance(core.ends.get(self.session), e.Ended | e.Failed):
+            return core
+        moved = core.ends.get(self.session)
+        if not isinstance(moved, e.Moved) or not hops:
+            return None
+        there = world.nodes[moved.owner]
+        blocked = world.blocked(node.id, there.id) or world.blocked(there.id, node.id)
+        return None if blocked else self._source(world, there, hops - 1)
+
+    def _look_around(self, world: World) -> None:
+        """Once silence has lasted: the owner of the highest epoch among the living, else one that saw it end."""
+        if self._silent_since is None:
+            self._silent_since = world.now
+        node = world.nodes[self.node]
+        if world.now - self._silent_since < (SILENCE_S if node.up else 0.5):
+            return
+        cores = [n.core for n in world.nodes.values() if n.up and not n.paused]
+        owners = [core for core in cores if self.session in core.sessions]
+        ended = [core for core in cores if isinstance(core.ends.get(self.session), e.Ended)]
+        if owners or ended:
+            best = max(owners, key=lambda core: core.sessions[self.session].epoch) if owners else ended[0]
+            self.node, self._silent_since = best.me, None
+            self.moves += 1
+
+
+class Weather:
+    """Clients, gossip and checkers of one world."""
+
+    def __init__(self, world: World, wanted: dict[str, m.SessionRequest]) -> None:
+        self.world = world
+        self.clients = [Client(name, ask) for name, ask in wanted.items()]
+        self.lost: list[str] = []
+        self.counts: Counter[str] = Counter()
+        self._held: dict[tuple[str, str], int] = {}
+        """(session, node) -> the most tokens that its journal there ever had."""
+        self._journals: dict[tuple[str, str], tuple[Any, str, int]] = {}
+        """(session, node) -> the journal there, its owner, and how many tokens it had."""
+        self._shown: dict[str, int] = {}
+        """Session -> tokens shown by any owner, prompt included."""
+        self._before: dict[tuple[str, str], tuple[Any, ...]] = {}
+        """(session, node) -> what its hop was after the node's last step."""
+        self._unreachable: dict[tuple[str, str], float] = {}
+        self._renew_at = RENEW_S
+        world.after_step.append(self._check)
+        self._poll()
+
+    @property
+    def over(self) -> bool:
+        return all(client.end is not None for client in self.clients)
+
+    def _poll(self) -> None:
+        self._gossip()
+        if self.world.now >= self._renew_at:
+            self._renew_at = self.world.now + RENEW_S
+            for name in self.world.nodes:
+                self.world.do(name, lambda core, now: core.renew())
+        for client in self.clients:
+            if client.end is None:
+                client.poll(self.world)
+            if client.end is None and not self._anybody_knows(client.session):
+                client.end = "lost"
+                self.lost.append(client.session)
+        self.world.at(self.world.now + (RENEW_S if self.over else POLL_S), self._poll)
+
+    def _anybody_knows(self, session: str) -> bool:
+        """Some process still has the session or its journal: it must not be lost."""
+        for node in self.world.nodes.values():
+            core = node.core
+            if node.up and (session in core.sessions or session in core.ends or core.stage.journals.get(session)):
+                return True
+        # On its way, as an Open say.
+        return any(
+            kind == "deliver" and getattr(c, "session", "") == session for _, _, kind, _, _, c in self.world._heap
+        )
+
+    def _gossip(self) -> None:
+        """Tell every node whom it could not reach for ``GOSSIP_S``."""
+        world, nodes = self.world, list(self.world.nodes.values())
+        gone = [node for node in nodes if not node.up or node.paused]
+        if not gone and not world.network.cuts:
+            self._unreachable.clear()
+            return
+        for one in nodes:
+            for other in nodes if world.network.cuts else gone:
+                pair = (one.id, other.id)
+                cut = world.blocked(*pair) or world.blocked(other.id, one.id)
+                if one is other or not one.up or one.paused or not (cut or other in gone):
+                    self._unreachable.pop(pair, None)
+                elif world.now - self._unreachable.setdefault(pair, world.now) >= GOSSIP_S:
+                    self._unreachable[pair] = float("inf")
+                    world.do(one.id, lambda core, now, gone=other.id: core.lost(gone, "gossip", now))
+
+    def _check(self, world: World, name: str) -> None:
+        """P4, P6 and P7, after every step."""
+        core: Peer = world.core(name)
+        held, before = self._held, self._before
+        for journal in core.stage.journals:
+            key, length = (journal.session, name), len(journal.tokens)
+            if held.get(key, 0) < length:
+                held[key] = length
+            was, owner, had = self._journals.get(key, (None, "", 0))
+            if was is journal and length < had and owner != journal.owner:  # an owner knows itself what it showed
+                assert length >= self._shown.get(key[0], 0), f"{name} forgets what was shown of {key[0]}"
+            self._journals[key] = (journal, journal.owner, length)
+        heard = world.heard
+        foreign = heard.session if isinstance(heard, m.PipelineMessage) and not isinstance(heard, m.Open) else None
+        for session, hop in core.stage._sessions.items():
+            tokens = len(hop.journal.tokens) if hop.journal is not None else 0
+            now, was = (hop.epoch, hop.submitted, hop.sent, tokens), before.get((session, name))
+            if session == foreign and was is not None and heard.epoch != was[0]:
+                assert now == was, f"{name} follows {was[0]} and obeyed {type(heard).__name__} of {heard.epoch}"
+            before[session, name] = now
+        for session, position in core.shown:
+            known = any(held.get((session, other), 0) > position for other in world.nodes if other != name)
+            assert known or self._alone(core, session), f"{name} shows {session}[{position}], which nobody else holds"
+            self._shown[session] = max(self._shown.get(session, 0), position + 1)
+        core.shown.clear()
+        assert core.stage._early.frames <= core.stage.config.held_frames
+        for effect in world.effects:
+            if isinstance(effect, Send):
+                self.counts["contested"] += isinstance(effect.message, m.Ahead)
+            elif isinstance(effect.event, Adopt | e.Moved):
+                self.counts["adoptions" if isinstance(effect.event, Adopt) else "relays"] += 1
+
+    @staticmethod
+    def _alone(core: Peer, session: str) -> bool:
+        """It is all hops and found no witness."""
+        mine = core.sessions.get(session)
+        return mine is None or (mine.witness is None and mine.route is not None and needs_witness(mine.route, core.me))
+
+
 def check_streams(world: World, wanted: dict[str, m.SessionRequest]) -> None:
     entry = world.core("entry")
     for name, ask in wanted.items():
-        assert isinstance(entry.ends.get(name), s.Ended), (name, entry.ends.get(name), world.lines(40))
+        assert isinstance(entry.ends.get(name), e.Ended), (name, entry.ends.get(name), world.lines(40))
         assert entry.streams[name] == oracle(ask), name
+
+
+def check_clients(weather: Weather) -> None:
+    """P1 and P3: whole streams, but for those of which every holder was killed."""
+    for client in weather.clients:
+        if client.session in weather.lost:
+            continue
+        assert isinstance(client.end, e.Ended), (client.session, client.node, client.end, len(client.tokens))
+        assert client.tokens == client.expected, client.session
 
 
 def check_freed(world: World) -> None:
     for node in world.nodes.values():
         if node.up and not node.paused:
-            assert node.core.stage.sessions() == []
-            assert node.core.stage.checkpoint_bytes == 0
-            assert node.core.engine.sequences == {}
+            assert node.core.sessions == {}, node.id
+            assert node.core.stage.sessions() == [], node.id
+            assert list(node.core.stage.journals) == [], node.id
+            assert node.core.stage.checkpoint_bytes == 0, node.id
+            assert node.core.engine.sequences == {}, node.id
 
 
 def schedule(rng: random.Random, nodes: list[str]) -> list[Fault]:
-    """At least two faults, never both holders of a span down for good."""
+    """At least two faults; half of the first ones strike the entry.  All are undone."""
     faults: list[Fault] = []
-    at = 0.1
-    for _ in range(rng.randint(2, 5)):
-        victim = rng.choice(nodes)
-        kind = rng.choice(["crash", "pause", "partition", "cut", "slow"])
+    at = rng.uniform(0.05, 1.0)
+    for number in range(rng.randint(2, 4)):
+        victim = "entry" if rng.random() < (0.5 if number == 0 else 0.2) else rng.choice(nodes)
+        kind = rng.choice(["crash", "crash", "pause", "partition", "cut", "slow"])
         lasts = rng.uniform(0.2, 6.0)
         other = ("silent",) if kind == "crash" and rng.random() < 0.5 else ()
         faults.append(Fault(at, kind, (victim,), other, value=0.3 if kind == "slow" else 0.0))
         undo = {"crash": "restart", "pause": "resume", "slow": "slow"}.get(kind, "heal")
         faults.append(Fault(at + lasts, undo, (victim,)))
-        at += lasts + rng.uniform(0.0, 1.0)
+        at += lasts + rng.uniform(0.0, 1.0) if rng.random() < 0.7 else rng.uniform(0.05, 2.0)
     return faults
 
 
-def play(seed: int, sessions: int = 3) -> World:
-    """One schedule: faults while ``sessions`` stream, then P1, and P2 once leases have run out.
+def weather_of(seed: int) -> tuple[str, list[Fault]]:
+    """The layout and the faults of a schedule."""
+    rng = random.Random(f"{seed}/weather")
+    layout = rng.choice(list(LAYOUTS))
+    return layout, schedule(rng, list(LAYOUTS[layout]))
+
+
+def play(seed: int, sessions: int = 3, peer: type[Peer] = Peer) -> Weather:
+    """One schedule: faults while ``sessions`` stream, P1, P3, P6 and P7, and P2 once leases have run out.
 
     A violation carries the schedule and the last events as notes.
     """
-    world = make_world(seed, NetParams(loss=0.01 if seed % 3 == 0 else 0.0))
-    faults = schedule(world.rng_for("faults"), list(SPANS))
+    layout, faults = weather_of(seed)
+    net = NetParams(loss=0.01 if seed % 3 == 0 else 0.0)
+    world = make_world(seed, net, LAYOUTS[layout], step_s=0.05, peer=peer)
     world.schedule(faults)
-    wanted = start(world, sessions, max_tokens=80)
+    weather = Weather(world, start(world, sessions, longest=12))
     try:
-        world.run(290.0, stop=lambda: len(world.core("entry").ends) == sessions)
-        check_streams(world, wanted)
-        world.run(world.now + 150.0)
+        world.run(310.0, stop=lambda: weather.over)
+        check_clients(weather)
+        world.run(world.now + 250.0)
         check_freed(world)
     except AssertionError as violation:
-        violation.add_note("\n".join([*map(str, faults), *world.lines(200)]))
+        violation.add_note("\n".join([layout, *map(str, faults), *world.lines(200)]))
         raise
-    return world
+    return weather

@@ -6,9 +6,22 @@ import random
 
 import pytest
 
-from mesh.pipeline import session as s
+from mesh.pipeline import events as e
+from mesh.pipeline import stage
+from mesh.pipeline.session import Session
+from mesh.pipeline.stage import StageCore
+from tests.sim import generation_mutants as mutants
 from tests.sim.generation import FakeEngine
-from tests.sim.generation_world import check_freed, check_streams, make_world, play, start
+from tests.sim.generation_world import (
+    LAYOUTS,
+    Weather,
+    check_clients,
+    check_freed,
+    check_streams,
+    make_world,
+    play,
+    start,
+)
 from tests.sim.world import Fault, NetParams
 
 
@@ -84,9 +97,110 @@ def test_full_hops_refuse_before_anything_is_computed() -> None:
     world.run(60.0, stop=lambda: len(world.core("entry").ends) == 3)
     ends = world.core("entry").ends
     assert sorted(type(end).__name__ for end in ends.values()) == ["Ended", "Failed", "Failed"]
-    assert all(end.code in ("busy", "no_route") for end in ends.values() if isinstance(end, s.Failed))
+    assert all(end.code in ("busy", "no_route") for end in ends.values() if isinstance(end, e.Failed))
 
 
-@pytest.mark.parametrize("seed", range(40))
-def test_any_weather(seed: int) -> None:
-    play(seed)
+@pytest.mark.parametrize("block", range(10))
+def test_any_weather(block: int) -> None:
+    """1,000 schedules of two to four faults over three sessions; ``scripts/simulate generation`` plays more."""
+    for seed in range(100 * block, 100 * block + 100):
+        play(seed)
+
+
+# -- the owner dies ----------------------------------------------------------------------------------------------------
+
+
+def weathered(layout: str, faults: list[Fault], max_tokens: int = 24) -> Weather:
+    """One session under ``faults``, to its end and until everything must be free."""
+    world = make_world(11, spans=LAYOUTS[layout], step_s=0.05)
+    world.schedule(faults)
+    weather = Weather(world, start(world, 1, max_tokens))
+    assert world.run(200.0, stop=lambda: weather.over)
+    check_clients(weather)
+    assert not weather.lost
+    world.run(world.now + 250.0)
+    check_freed(world)
+    return weather
+
+
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+@pytest.mark.parametrize("silent", [(), ("silent",)], ids=["reset", "silent"])
+@pytest.mark.parametrize("at", [0.001, 0.3, 1.5, 3.0])
+def test_the_owner_dies(layout: str, silent: tuple[str, ...], at: float) -> None:
+    weather = weathered(layout, [Fault(at, "crash", ("entry",), silent)])
+    client = weather.clients[0]
+    assert client.node != "entry" or client.moves == 0
+    assert weather.counts["adoptions"] >= (client.moves > 0)
+
+
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+def test_a_frozen_owner_wakes_and_passes_its_client_on(layout: str) -> None:
+    weather = weathered(layout, [Fault(0.5, "pause", ("entry",)), Fault(4.5, "resume", ("entry",))])
+    assert weather.counts["adoptions"] >= 1
+
+
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+def test_an_owner_that_was_cut_off_shows_nothing_that_the_winner_did_not_accept(layout: str) -> None:
+    weathered(layout, [Fault(0.5, "partition", ("entry",)), Fault(6.0, "heal", ("entry",))])
+
+
+def test_the_owner_dies_during_a_recovery() -> None:
+    weather = weathered("pure entry", [Fault(0.8, "crash", ("b1",)), Fault(0.801, "crash", ("b2",)),
+                                       Fault(1.0, "crash", ("entry",)), Fault(3.0, "restart", ("b1",))])  # fmt: skip
+    assert weather.clients[0].moves == 1
+
+
+def test_the_adopter_dies_too() -> None:
+    world = make_world(11, spans=LAYOUTS["pure entry"], step_s=0.05)
+    weather = Weather(world, start(world, 1))
+    world.run(0.8)
+    world.apply(Fault(world.now, "crash", ("entry",)))
+    world.run(20.0, stop=lambda: weather.counts["adoptions"] == 1)
+    (adopter,) = [node for node in world.nodes.values() if node.up and node.core.sessions]
+    world.run(world.now + 0.4)
+    world.apply(Fault(world.now, "crash", (adopter.id,)))
+    assert world.run(200.0, stop=lambda: weather.over)
+    check_clients(weather)
+    assert (weather.lost, weather.counts["adoptions"] >= 2) == ([], True)
+
+
+def test_the_owner_dies_between_the_last_token_and_the_end() -> None:
+    world = make_world(11, spans=LAYOUTS["pure entry"], step_s=0.05)
+    weather = Weather(world, start(world, 1))
+
+    def sampler_is_done() -> bool:
+        return any(j.complete for node in world.nodes.values() if node.up for j in node.core.stage.journals)
+
+    assert world.run(60.0, stop=sampler_is_done)
+    world.apply(Fault(world.now, "crash", ("entry",)))
+    assert world.run(200.0, stop=lambda: weather.over)
+    check_clients(weather)
+    assert weather.lost == []
+
+
+# -- negative controls: each mistake is seen by a pinned seed ----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("mistake", "seed"),
+    [
+        (mutants.OlderEpochsObeyed, 78),
+        (mutants.NewerEpochsObeyed, 58),
+        (mutants.OwnerNotInEpoch, 549),
+        (mutants.Untrimmed, 4),
+        (mutants.Shifted, 0),
+        (mutants.Deaf, 0),
+        (mutants.Hasty, 1),
+        (mutants.HeedlessClaim, 4),
+    ],
+)
+def test_mistakes_are_seen(mistake: type, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    peer = mutants.peer_with()
+    if issubclass(mistake, StageCore):
+        peer = mutants.peer_with(stage=mistake)
+    elif issubclass(mistake, Session):
+        peer = mutants.peer_with(session=mistake)
+    else:
+        monkeypatch.setattr(stage, "Checkpoints", mistake)
+    with pytest.raises(AssertionError):
+        play(seed, peer=peer)

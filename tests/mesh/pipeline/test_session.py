@@ -337,8 +337,8 @@ def test_tokens_may_come_while_a_slower_hop_still_opens() -> None:
     owner.follow()
     owner.opened(0)
     owner.opened(2)
-    assert events(owner.token()) == [s.Accepted(3, 30, 0.0, ())]
-    owner.opened(1)
+    assert events(owner.token()) == []  # what it says is not sure to be held by all who must
+    assert events(owner.opened(1)) == [s.Accepted(3, 30, 0.0, ())]
     assert owner.core.state is s.State.RUNNING
 
 

@@ -224,9 +224,9 @@ def test_an_open_sent_again_is_answered_and_reserves_nothing() -> None:
     assert events(again) == []
 
 
-def test_an_open_of_an_older_epoch_is_ignored() -> None:
+def test_an_open_of_an_older_epoch_is_answered_with_what_is_known() -> None:
     hopper = Hopper(1, counter=3)
-    assert hopper.receive(opening(1, counter=2), OWNER) == []
+    assert sends(hopper.receive(opening(1, counter=2), OWNER)) == [(OWNER, m.Ahead("s", (2, OWNER), (3, OWNER)))]
     assert hopper.hop.epoch == (3, OWNER)
 
 
@@ -479,10 +479,13 @@ def test_a_drawn_token_goes_to_the_owner_and_to_the_first_hop() -> None:
 
 
 @pytest.mark.parametrize("ask", [request(stop=(30,)), request(max_tokens=1)])
-def test_the_sampler_feeds_nothing_back_once_it_is_complete(ask: m.SessionRequest) -> None:
-    hopper = Hopper(2, ask=ask)
-    hopper.forward(0, 4)
-    assert sends(hopper.compute(token=30)) == [(OWNER, m.Token("s", (1, OWNER), 4, 30))]
+def test_the_last_token_is_fed_for_the_journal_and_computed_by_nobody(ask: m.SessionRequest) -> None:
+    sampler, first = Hopper(2, ask=ask), Hopper(0, ask=ask)
+    sampler.forward(0, 4)
+    (_, token), (_, feed) = sends(sampler.compute(token=30))
+    assert (token, feed) == (m.Token("s", (1, OWNER), 4, 30), m.Feed("s", (1, OWNER), 4, (30,)))
+    assert first.receive(feed, "hop2") == []
+    assert first.hop.tokens == [*PROMPT, 30]
 
 
 def test_the_sampler_tells_the_first_hop_what_it_lacks() -> None:
@@ -598,7 +601,7 @@ def test_frames_of_a_newer_epoch_wait_for_its_open() -> None:
     effects = hopper.open(opening(1, counter=2))
     assert only(effects, s.Compute).n == 2
     assert hopper.open(opening(1, counter=2)) != []
-    assert hopper.core._held_frames == hopper.core._held_bytes == 0
+    assert hopper.core._early.frames == hopper.core._early.bytes == 0
 
 
 def test_held_frames_are_judged_like_any_other_when_their_open_comes() -> None:
@@ -607,7 +610,7 @@ def test_held_frames_are_judged_like_any_other_when_their_open_comes() -> None:
     core.receive(m.Gap("s", (3, OWNER), 0), "hop2", 0.0)
     effects = core.receive(opening(1, counter=2), OWNER, 0.0)
     assert [event.sender for event in events(effects) if isinstance(event, Rejected)] == [STRANGER]
-    assert core._held_frames == 1  # that of epoch 3 waits on
+    assert core._early.frames == 1  # that of epoch 3 waits on
 
 
 @pytest.mark.parametrize(
@@ -624,8 +627,8 @@ def test_what_waits_for_an_open_is_bounded(config: s.StageConfig, message: Any, 
     core = s.StageCore(ME, config)
     for _ in range(20):
         assert core.receive(message, STRANGER, 0.0) == []
-    assert core._held_frames == kept
-    assert core._held_bytes <= config.held_bytes
+    assert core._early.frames == kept
+    assert core._early.bytes <= config.held_bytes
 
 
 def test_frames_whose_open_never_comes_are_forgotten() -> None:
@@ -637,7 +640,7 @@ def test_frames_whose_open_never_comes_are_forgotten() -> None:
         now = core.deadline
         assert core.tick(now) == []
     assert now > core.config.held_s
-    assert (core._held, core._held_frames, core._held_bytes) == ({}, 0, 0)
+    assert (core._early._waiting, core._early.frames, core._early.bytes) == ({}, 0, 0)
 
 
 # -- resuming ----------------------------------------------------------------------------------------------------------
@@ -709,7 +712,7 @@ def test_a_release_frees_what_waits_too() -> None:
     hopper = Hopper(1)
     hopper.receive(m.Forward("s", (2, OWNER), 0, 2, rows(0, 2)), "hop0")
     hopper.receive(m.Release("s", (2, OWNER)), OWNER)
-    assert (hopper.core._held, hopper.core._held_frames, hopper.core._held_bytes) == ({}, 0, 0)
+    assert (hopper.core._early._waiting, hopper.core._early.frames, hopper.core._early.bytes) == ({}, 0, 0)
 
 
 def test_a_release_by_another_is_refused() -> None:

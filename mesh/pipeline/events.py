@@ -1,0 +1,114 @@
+"""How a session is set up, and what it tells the node that owns it."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Literal
+
+import msgspec
+
+from mesh.types import Hop, NodeId
+
+
+class SessionConfig(msgspec.Struct, frozen=True):
+    """Times in seconds of a session's owner."""
+
+    resend_s: float = 0.5
+    """An Open without an answer is sent again (it is idempotent) ..."""
+    open_timeout_s: float = 2.0
+    """... and the hop given up after this long."""
+    stall_min_s: float = 0.5
+    """The next token's deadline is max(this, ``stall_factor`` x the longest recent gap) ..."""
+    stall_factor: float = 6.0
+    stall_max_s: float = 10.0
+    first_token_s: float = 2.0
+    """... and this for the first one, of which no gap is known yet."""
+    silent_s: float = 1.0
+    """A hop that does not answer Progress for this long is lost."""
+    stuck_rounds: int = 3
+    """So many rounds of Progress without any progress at any hop, and the first stuck hop is replaced."""
+    ask_again_s: float = 0.05
+    """The sampler is asked for a lost token at most this often."""
+    ack_every: int = 8
+    backoff_s: float = 0.05
+    backoff_max_s: float = 2.0
+    suspect_s: float = 10.0
+    """A hop that was lost is not chosen again for this long ..."""
+    forgive_s: float = 2.0
+    """... or, where nobody else holds its layers, for this long."""
+
+
+class State(Enum):
+    ROUTING = "routing"
+    OPENING = "opening"
+    RUNNING = "running"
+    ENDED = "ended"
+
+
+class Recovery(msgspec.Struct, frozen=True):
+    """The trace of one recovery, as the stream's final usage shows it."""
+
+    cause: str
+    hop: int
+    """Index on the route; -1: it was the owner that was lost."""
+    detected_by: str
+    pause_ms: float
+    """From the detection to the next token."""
+    positions_replayed: int
+    exact: Literal["bitwise", "tokens"]
+
+
+# -- events ------------------------------------------------------------------------------------------------------------
+
+
+class NeedRoute(msgspec.Struct, frozen=True):
+    """Find a route and call ``follow``, or ``unroutable``.  ``keep``: surviving hops, to stay as they are."""
+
+    keep: tuple[Hop, ...]
+    exclude: tuple[NodeId, ...]
+
+
+class Accepted(msgspec.Struct, frozen=True):
+    """The next token of the stream, each position once and in order; another node than this one holds it already."""
+
+    position: int
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+class PromptScored(msgspec.Struct, frozen=True):
+    """Log-probabilities of the prompt's tokens from ``start`` on."""
+
+    start: int
+    rows: tuple[tuple[float, tuple[tuple[int, float], ...]], ...]
+
+
+class Recovered(msgspec.Struct, frozen=True):
+    """Tokens flow again after a recovery."""
+
+    recovery: Recovery
+
+
+class Ended(msgspec.Struct, frozen=True):
+    """The session is complete: ``stop``, ``length`` or ``cancelled``."""
+
+    reason: str
+
+
+FailureCode = Literal["busy", "no_route", "session_lost", "timeout", "dead_end"]
+
+
+class Failed(msgspec.Struct, frozen=True):
+    """The session cannot go on.  ``code``: busy (nothing was started), no_route, session_lost, timeout, or dead_end
+    (its grammar allows no further token, whoever draws it)."""
+
+    code: FailureCode
+    why: str
+    retry_after_s: float = 1.0
+
+
+class Moved(msgspec.Struct, frozen=True):
+    """Another node owns the session now: this one only passes on what it has from there."""
+
+    owner: NodeId

@@ -1,0 +1,73 @@
+"""What a stage asks of the node around it, and the engine's answer."""
+
+from __future__ import annotations
+
+import msgspec
+
+from mesh.pipeline import messages as m
+from mesh.types import NodeId, Priority, SamplingParams
+
+
+class Reserve(msgspec.Struct, frozen=True):
+    """Reserve room in the engine, then call ``StageCore.reserved`` or ``StageCore.refused``."""
+
+    key: str
+    model: str
+    start: int
+    end: int
+    max_positions: int
+    priority: Priority
+    hops: int
+    sampling: SamplingParams | None
+    tokens: tuple[int, ...]
+
+
+class Compute(msgspec.Struct, frozen=True):
+    """Compute positions [start, start + n) from ``tokens`` (hop 0) or from ``hidden``."""
+
+    key: str
+    tag: int
+    """Comes back with the result; what was begun before a roll-back carries an older one."""
+    start: int
+    n: int
+    tokens: tuple[int, ...] = ()
+    hidden: memoryview | None = None
+    sample: bool = False
+    prompt_logprobs: bool = False
+
+
+class Computed(msgspec.Struct, frozen=True):
+    """The engine's answer to (a leading part of) a ``Compute``."""
+
+    key: str
+    tag: int
+    start: int
+    n: int
+    hidden: memoryview | None = None
+    token: int | None = None
+    logprob: float = 0.0
+    top: tuple[tuple[int, float], ...] = ()
+    prompt_logprobs: tuple[tuple[float, tuple[tuple[int, float], ...]], ...] = ()
+    error: str = ""
+    final: bool = False
+    """Of an error: any other node would come to the same."""
+
+
+class Truncate(msgspec.Struct, frozen=True):
+    """Keep only the first ``length`` positions; work that was begun past them is void."""
+
+    key: str
+    length: int
+
+
+class Free(msgspec.Struct, frozen=True):
+    """Free what ``Reserve`` took."""
+
+    key: str
+
+
+class FetchPlacement(msgspec.Struct, frozen=True):
+    """A session names a newer placement than is active here: fetch the committed record from ``peer``."""
+
+    peer: NodeId
+    placement_id: m.PlacementId

@@ -1,0 +1,269 @@
+"""Reading a session from anywhere in the mesh: who owns it now, and its events from there.
+
+``Reading`` is what the API holds of a session.  It takes events from the log at the owner, here or over the peer door,
+and when that node is lost or has yielded, it looks for the next owner and goes on at the token that it came to.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import msgspec
+from aiohttp import ClientError, web
+
+from mesh.errors import MeshError, PeerError, PeerUnreachable, SessionLost
+from mesh.types import NodeId
+from mesh.view import MeshView
+from node.api.service import CancelReason, EndEvent, Event, GenerationRequest, PromptEvent, Recovery, TokenEvent
+from node.entry import Entry, LiveGeneration
+from node.net.calls import _BY_CODE
+from node.peers import Peers
+
+PATH = "/peer/sessions/{session}"
+ASK_S = 0.5
+"""For a member to say whether it owns a session."""
+FIND_S = 8.0
+"""A session that nobody owns for this long is lost: longer than a silent owner goes unnoticed."""
+FIND_EVERY_S = 0.1
+MAX_FRAME = 4 << 20
+KEEPALIVE_S = 5.0
+
+
+class Facts(msgspec.Struct, frozen=True, tag=True):
+    """First of all: what the session is.  ``Trace`` and ``Broke`` may end it."""
+
+    request: GenerationRequest
+    route: str
+
+
+class Trace(msgspec.Struct, frozen=True, tag=True):
+    recoveries: tuple[Recovery, ...]
+
+
+class Broke(msgspec.Struct, frozen=True, tag=True):
+    code: str
+    message: str
+
+
+class Step(msgspec.Struct, frozen=True, tag=True):
+    prompt: PromptEvent | None = None
+    token: TokenEvent | None = None
+    end: EndEvent | None = None
+
+
+Frame = Facts | Trace | Broke | Step
+_decode = msgspec.msgpack.Decoder(Frame).decode
+
+
+class Relay:
+    """Finds sessions, and serves those of this node to other nodes."""
+
+    def __init__(self, me: NodeId, entry: Entry, peers: Peers, view: Callable[[], MeshView]) -> None:
+        self.me, self.entry = me, entry
+        self._peers, self._view = peers, view
+        peers.door.on_rpc("owner", self._on_owner)
+        peers.door.add_get(PATH, self._serve)
+
+    # -- finding -------------------------------------------------------------------------------------------------------
+
+    async def find(self, session: str, patience_s: float) -> NodeId | None:
+        """The node that owns ``session`` in the highest epoch; while one adopts, up to ``patience_s`` later."""
+        end = asyncio.get_running_loop().time() + patience_s
+        while True:
+            found = await self._ask_all(session)
+            if found is not None or asyncio.get_running_loop().time() >= end:
+                return found
+            await asyncio.sleep(FIND_EVERY_S)
+
+    async def _ask_all(self, session: str) -> NodeId | None:
+        others = [member.id for member in self._view().live() if member.id != self.me]
+        answers = await asyncio.gather(*(self._ask(node, session) for node in others))
+        claims = [(counter, node) for node, counter in zip(others, answers, strict=True) if counter >= 0]
+        mine = self._counter(session)
+        return max([*claims, *([(mine, self.me)] if mine >= 0 else [])], default=(0, None))[1]
+
+    async def _ask(self, node: NodeId, session: str) -> int:
+        try:
+            answer = await self._peers.request(node, "owner", session.encode(), ASK_S)
+            return msgspec.msgpack.decode(answer, type=int)
+        except (MeshError, msgspec.DecodeError):
+            return -1
+
+    def _counter(self, session: str) -> int:
+        """Of the epoch in which this node owns ``session`` or ended it; -1: it does not."""
+        generation = self.entry.get(session)
+        return generation.session.epoch[0] if generation is not None else -1
+
+    async def _on_owner(self, sender: NodeId, payload: bytes) -> bytes:
+        return msgspec.msgpack.encode(self._counter(payload[:128].decode("ascii", "replace")))
+
+    # -- serving -------------------------------------------------------------------------------------------------------
+
+    async def _serve(self, request: web.Request) -> web.StreamResponse:
+        """The log of one session, length-prefixed frames, until it ends or moves or the reader is gone."""
+        generation = self.entry.get(request.match_info["session"])
+        tokens = request.query.get("tokens", "0")
+        if generation is None or not tokens.isdecimal():
+            raise PeerError("no such session is owned here")
+        response = web.StreamResponse()
+        await response.prepare(request)
+        generation.attach()
+        try:
+            await response.write(_framed(Facts(generation.request, generation.route)))
+            await self._pass_on(generation, int(tokens), response)
+        finally:
+            await generation.cancel("disconnected")
+        await response.write_eof()
+        return response
+
+    async def _pass_on(self, generation: LiveGeneration, tokens: int, response: web.StreamResponse) -> None:
+        events = generation.events(tokens)
+        pending: asyncio.Task[Event | None] | None = None
+        try:
+            while True:
+                pending = pending or asyncio.ensure_future(anext(events, None))
+                done, _ = await asyncio.wait({pending}, timeout=KEEPALIVE_S)
+                if not done:
+                    await response.write(_framed(Step()))
+                    continue
+                event, pending = pending.result(), None
+                if event is None:
+                    return
+                if isinstance(event, EndEvent):
+                    await response.write(_framed(Trace(generation.recoveries)))
+                await response.write(_framed(_step(event)))
+                if isinstance(event, TokenEvent):
+                    generation.acknowledge(event.position)
+        except MeshError as error:
+            await response.write(_framed(Broke(error.code, str(error))))
+        finally:
+            if pending is not None:
+                pending.cancel()
+
+    # -- reading -------------------------------------------------------------------------------------------------------
+
+    async def read(self, node: NodeId, session: str, tokens: int) -> AsyncIterator[Frame]:
+        """The frames that ``node`` serves of ``session``.  ``PeerUnreachable`` when it breaks off."""
+        try:
+            async with self._peers.get(node, f"/peer/sessions/{session}?tokens={tokens}", {}) as response:
+                while True:
+                    size = int.from_bytes(await response.content.readexactly(4), "big")
+                    if size > MAX_FRAME:
+                        raise PeerError("a frame of a session is too large")
+                    async with asyncio.timeout(4 * KEEPALIVE_S):
+                        yield _decode(await response.content.readexactly(size))
+        except asyncio.IncompleteReadError:
+            return
+        except (ClientError, OSError, TimeoutError) as error:
+            raise PeerUnreachable(f"node {node[:8]} broke off: {type(error).__name__}") from error
+        except msgspec.DecodeError as error:
+            raise PeerError("not a frame of a session") from error
+
+    async def attach(self, session: str, patience_s: float) -> Reading | None:
+        """A reader of ``session``, wherever it runs or has ended; ``None``: nobody knows it."""
+        owner = await self.find(session, patience_s)
+        if owner is None:
+            return None
+        if owner == self.me:
+            local = self.entry.get(session)
+            if local is None:
+                return None
+            local.attach()
+            return Reading(self, local.request, local)
+        try:
+            async for frame in self.read(owner, session, 0):
+                if isinstance(frame, Facts):
+                    return Reading(self, frame.request, None, frame.route)
+        except (PeerUnreachable, PeerError):
+            pass  # it went just now: whoever asked may ask again
+        return None
+
+
+class Reading:
+    """One reader of one session (``node.api.service.Generation``): follows it from owner to owner."""
+
+    def __init__(self, relay: Relay, request: GenerationRequest, local: LiveGeneration | None, route: str = "") -> None:
+        self.request = request
+        self.cached_tokens = 0
+        self._relay, self._local, self._route = relay, local, route
+        self._told: tuple[Recovery, ...] = ()
+        """What owners before this one, or a remote one, had to recover from."""
+        self._tokens = 0
+
+    @property
+    def route(self) -> str:
+        return self._local.route if self._local is not None else self._route
+
+    @property
+    def recoveries(self) -> tuple[Recovery, ...]:
+        return self._told + (self._local.recoveries if self._local is not None else ())
+
+    def acknowledge(self, position: int) -> None:
+        if self._local is not None:
+            self._local.acknowledge(position)
+
+    async def cancel(self, reason: CancelReason) -> None:
+        if self._local is not None:
+            local, self._local = self._local, None
+            self._told += local.recoveries
+            await local.cancel(reason)
+
+    async def __aiter__(self) -> AsyncIterator[Event]:
+        while True:
+            source = self._local.events(self._tokens) if self._local is not None else self._remote()
+            async for event in source:
+                self._tokens += isinstance(event, TokenEvent)
+                yield event
+                if isinstance(event, EndEvent):
+                    return
+            await self._move_on()
+
+    async def _remote(self) -> AsyncIterator[Event]:
+        """The events at another owner, as long as it can be read."""
+        owner = await self._relay.find(self.request.session, FIND_S)
+        if owner is None:
+            raise SessionLost(f"after {self._tokens} tokens no node has the session any more")
+        if owner == self._relay.me:
+            return  # adopted here meanwhile
+        try:
+            async for frame in self._relay.read(owner, self.request.session, self._tokens):
+                if isinstance(frame, Broke):
+                    raise _failure(frame)
+                if isinstance(frame, Trace):
+                    self._told += frame.recoveries
+                elif isinstance(frame, Step):
+                    for event in (frame.prompt, frame.token, frame.end):
+                        if event is not None:
+                            yield event
+        except (PeerUnreachable, PeerError):
+            await asyncio.sleep(FIND_EVERY_S)
+
+    async def _move_on(self) -> None:
+        """The owner yielded or is gone: from now on whatever the mesh says."""
+        if self._local is not None:
+            self._told += self._local.recoveries
+            self._local = None
+        mine = self._relay.entry.get(self.request.session)
+        if mine is not None:
+            mine.attach()
+            self._local = mine
+
+
+def _step(event: Event) -> Step:
+    if isinstance(event, TokenEvent):
+        return Step(token=event)
+    return Step(end=event) if isinstance(event, EndEvent) else Step(prompt=event)
+
+
+def _framed(frame: Frame) -> bytes:
+    data = msgspec.msgpack.encode(frame)
+    return len(data).to_bytes(4, "big") + data
+
+
+def _failure(broke: Broke) -> MeshError:
+    kind: Any = _BY_CODE.get(broke.code, SessionLost)
+    error: MeshError = kind(broke.message)
+    error.code = broke.code
+    return error
