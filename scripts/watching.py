@@ -14,7 +14,7 @@ from typing import Any
 from scripts.local_mesh import LocalMesh, LocalNode
 from scripts.namespaces import Network, enter
 
-EVERY_S = 0.005
+EVERY_S = 0.01
 
 
 Said = dict[str, Any]
