@@ -114,6 +114,7 @@ async def _return(
             membership = joined.membership
             folder.save_membership(membership)
             peers = tuple({**dict(peers), **{member.id: member.address for member in joined.reply.members}}.items())
+            remember_peers(folder, peers)
     return Boot(identity, membership, durable, peers)
 
 
