@@ -50,7 +50,7 @@ class Tally:
         return self
 
     def coverage(self) -> dict[str, Any]:
-        """Counters, speed, the range of seeds, and those that failed; ``simulation.total`` adds several up."""
+        """Counters, speed, the range of seeds, and those that failed."""
         found: dict[str, Any] = {**self.counts, "schedules": self.schedules, "violations": self.violations}
         found["seconds"] = round(self.seconds, 1)
         if self.seconds:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -14,7 +13,6 @@ from scripts.simulation import election, gossip
 from scripts.simulation.soak import Soak, disjoint, summed
 from scripts.simulation.soak import figures as soak
 from scripts.simulation.tally import Tally
-from scripts.simulation.total import read, total
 from tests.sim.election_bag import Bag, story
 from tests.sim.election_mutants import CountsOutsiders
 
@@ -90,23 +88,3 @@ def test_crashes_are_timed_from_the_outside() -> None:
     assert figure["value"]["n"] == 2
     assert figure["first_suspect"]["median"] < figure["value"]["median"]
     assert figure["anchor"]["memberlist preset, same run"]["median"] > figure["value"]["median"]
-
-
-def test_results_of_soaks_add_up_unless_seeds_count_twice() -> None:
-    def soaked(seeds: range) -> dict[str, Any]:
-        tally = Tally("any", lambda seed: {"steps": seed, "faults": 1}).run(seeds, lambda line: None)
-        return {"G1-G6": {"coverage": tally.coverage()}, "Q15": {"coverage": {"timed": tally.coverage()}}}
-
-    sums = total([soaked(range(1, 4)), soaked(range(10, 12))])
-    assert list(sums) == ["G1-G6", "Q15 timed"]
-    one = sums["G1-G6"]
-    assert (one["schedules"], one["steps"], one["faults"], one["violations"]) == (5, 27, 5, 0)
-    assert one["seeds"] == [[1, 3], [10, 11]]
-    with pytest.raises(SystemExit, match="seeds 3-5 and 1-3 overlap"):
-        total([soaked(range(1, 4)), soaked(range(3, 6))])
-
-
-def test_a_result_that_is_none_is_told(tmp_path: Path) -> None:
-    (tmp_path / "cut short").write_text("G1-G6: 0 violations\n")
-    with pytest.raises(SystemExit, match="is no result"):
-        read(str(tmp_path / "cut short"))
