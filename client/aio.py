@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import random
 import secrets
@@ -26,6 +27,7 @@ PASSING = frozenset({429, 502, 503, 504})
 BACKOFF_S = 0.05
 BACKOFF_MAX_S = 2.0
 LEARN_EVERY_S = 15.0
+ABANDON_S = 2.0
 
 
 class Rounds:
@@ -85,6 +87,7 @@ class AsyncMeshClient:
         self._session: aiohttp.ClientSession | None = None
         self._learner: asyncio.Task[None] | None = None
         self._learned_at = float("-inf")
+        self._ending: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> AsyncMeshClient:
         return self
@@ -98,6 +101,7 @@ class AsyncMeshClient:
         if self._learner is not None:
             self._learner.cancel()
             await asyncio.gather(self._learner, return_exceptions=True)
+        await asyncio.gather(*self._ending)
         if self._session is not None:
             await self._session.close()
             self._session = None
@@ -196,19 +200,32 @@ class AsyncMeshClient:
         return response, url
 
     async def _attempt(
-        self, method: str, path: str, body: object, headers: dict[str, str], rounds: Rounds
+        self,
+        method: str,
+        path: str,
+        body: object,
+        headers: dict[str, str],
+        rounds: Rounds,
+        passing: frozenset[int] = PASSING,
     ) -> tuple[aiohttp.ClientResponse, str]:
         while True:
             url = self.nodes.pick(time.monotonic(), rounds.tried)
             if url is None:
                 await rounds.next_round()
                 continue
-            response = await self._try(method, url, path, body, headers, rounds)
+            response = await self._try(method, url, path, body, headers, rounds, passing)
             if response is not None:
                 return response, url
 
     async def _try(
-        self, method: str, url: str, path: str, body: object, headers: dict[str, str], rounds: Rounds
+        self,
+        method: str,
+        url: str,
+        path: str,
+        body: object,
+        headers: dict[str, str],
+        rounds: Rounds,
+        passing: frozenset[int],
     ) -> aiohttp.ClientResponse | None:
         """One node, once.  None: try another; ApiError: no other would say otherwise."""
         self.nodes.began(url)
@@ -222,7 +239,7 @@ class AsyncMeshClient:
                 taken = True
                 return response
             error = await _refusal(response, url)
-            if error.status not in PASSING:
+            if error.status not in passing:
                 raise error
             rounds.note(url, str(error), error)
         except TRANSPORT as error:
@@ -232,6 +249,29 @@ class AsyncMeshClient:
             if not taken:
                 self.nodes.ended(url)
         return None
+
+    async def resume(self, progress: Progress, rounds: Rounds) -> tuple[aiohttp.ClientResponse, str]:
+        """The rest of a stream that broke off, from whichever node has it.  ``closed`` must follow.
+
+        Right after a loss nobody may own the session yet: a 404 is asked again until patience ends.
+        """
+        headers = {"Last-Event-ID": ",".join(progress.event_ids.values())}
+        path = f"/v1/sessions/{progress.session}/events"
+        response, url = await self._attempt("GET", path, None, headers, rounds, PASSING | {404})
+        self._learn_soon(url)
+        return response, url
+
+    def abandon(self, progress: Progress) -> None:
+        """The caller wants no more of it: end the session, which would wait for its next reader."""
+        if self._session is not None:
+            task = asyncio.create_task(self._end(progress.session))
+            self._ending.add(task)
+            task.add_done_callback(self._ending.discard)
+
+    async def _end(self, session: str) -> None:
+        with contextlib.suppress(ClientError, TimeoutError, *TRANSPORT):  # without this it ends by itself, later
+            async with asyncio.timeout(ABANDON_S):
+                await self.cancel(session)
 
     def closed(self, url: str) -> None:
         """A response that ``open`` gave is done with."""

@@ -9,7 +9,7 @@ ClientError              the root
 │ ├ Busy                   full everywhere, even after waiting (429): ``retry_after_s``
 │ └ Unavailable            the mesh cannot serve it now (5xx): no live node holds some layers, say
 ├ StreamFailed           the mesh gave a running stream up; ``progress`` says how far it came
-└ StreamInterrupted      the node that streamed is gone; ``progress`` has all that is needed to go on
+└ StreamInterrupted      the node that streamed is gone, and no other has the rest; ``progress`` says how far it came
 """
 
 from __future__ import annotations

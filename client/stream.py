@@ -1,4 +1,4 @@
-"""One running request: connect, fail over before the first token, yield pieces, know how far it came."""
+"""One running request: connect, go on at another node when one is lost, yield pieces, know how far it came."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import aiohttp
 
-from client.errors import ApiError, StreamFailed, StreamInterrupted
+from client.errors import ApiError, NoNodeReachable, StreamFailed, StreamInterrupted
 from client.sse import SseParser
 from client.values import Piece, Progress, pieces_of
 
 if TYPE_CHECKING:
-    from client.aio import AsyncMeshClient
+    from client.aio import AsyncMeshClient, Rounds
 
 TRANSPORT = (aiohttp.ClientError, ConnectionError, asyncio.TimeoutError, ValueError)
 """The connection's or the server's fault; ValueError: what came was no event stream."""
@@ -32,7 +32,7 @@ class Stream:
         self._connected: Piece | None = None
         self._response: aiohttp.ClientResponse | None = None
         self._url = ""
-        self._closed = False
+        self._closed = self._complete = False
         self._reading = False
 
     def __await__(self) -> Generator[Any, None, Stream]:
@@ -71,28 +71,34 @@ class Stream:
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Hang up: the mesh frees the session at once."""
+        """Hang up, and tell the mesh to free the session, which would wait for its reader to come back."""
         self._closed = True
+        if self._response is not None and not self._complete:
+            self._client.abandon(self.progress)
         self._hang_up()
         if not self._reading:  # else the reader, in another task, has just lost its connection and ends by that
             await self._pieces.aclose()
 
     async def _run(self) -> AsyncGenerator[Piece, None]:
-        """Every piece once, over as many connections as it takes until the first text."""
+        """Every piece once, over as many connections and nodes as it takes."""
         rounds = self._client.rounds()
         while True:
             try:
-                self._response, self._url = await self._client.open(self.progress, rounds)
+                fresh = False
+                self._response, self._url = await self._connect_anywhere(rounds)
                 async for piece in self._read(self._response):
                     self.progress.note(piece)
+                    fresh = self.progress.begun
                     yield piece
+                self._complete = True
                 return
             except TRANSPORT as error:
                 if self._closed:
                     return
                 self._client.nodes_failed(self._url)
-                if self.progress.begun:
-                    self._go_on_elsewhere(error)
+                if fresh:  # it went on since the last time: patience begins anew
+                    rounds = self._client.rounds()
+                    self.progress.moves += 1
                 rounds.note(self._url, f"{type(error).__name__} {error}".strip())
             except StreamFailed as error:
                 if self.progress.begun or error.code not in WORTH_ANOTHER_TRY:
@@ -101,11 +107,18 @@ class Stream:
             finally:
                 self._hang_up()
 
-    def _go_on_elsewhere(self, error: Exception) -> None:
-        """The seam for resuming at another node by session and event ids, which ``progress`` has."""
-        raise StreamInterrupted(
-            f"{self._url} broke off in the middle of the answer ({type(error).__name__})", progress=self.progress
-        ) from error
+    async def _connect_anywhere(self, rounds: Rounds) -> tuple[aiohttp.ClientResponse, str]:
+        """A stream from the start (under the same idempotency key), or the rest of one that has begun."""
+        if not self.progress.begun:
+            return await self._client.open(self.progress, rounds)
+        try:
+            return await self._client.resume(self.progress, rounds)
+        except (ApiError, NoNodeReachable) as error:
+            raise StreamInterrupted(
+                f"the answer broke off after {sum(map(len, self.progress.texts.values()))} characters, "
+                f"and no node goes on with it: {error}",
+                progress=self.progress,
+            ) from error
 
     async def _read(self, response: aiohttp.ClientResponse) -> AsyncIterator[Piece]:
         parser = SseParser()

@@ -69,9 +69,11 @@ class Progress:
     route: str = ""
     model: str = ""
     event_ids: dict[int, str] = field(default_factory=dict)
-    """By choice, the last event's id: ``choice:tokens:characters``."""
+    """By choice, the last event's id: what to ask the rest of the stream with."""
     texts: dict[int, str] = field(default_factory=dict)
     finished: set[int] = field(default_factory=set)
+    moves: int = 0
+    """How often the stream broke off and was gone on with."""
 
     @property
     def begun(self) -> bool:
@@ -138,5 +140,18 @@ def _choice(pieces: list[Piece]) -> Choice:
         for name, values in (piece.logprobs or {}).items():
             logprobs.setdefault(name, []).extend(values or [])
     finish = next((piece.finish_reason for piece in reversed(pieces) if piece.finish_reason), None)
-    calls = tuple(call for piece in pieces for call in piece.tool_calls)
+    calls = joined_calls(call for piece in pieces for call in piece.tool_calls)
     return Choice("".join(piece.text for piece in pieces), finish, logprobs or None, calls)
+
+
+def joined_calls(parts: Iterable[dict[str, Any]]) -> tuple[dict[str, Any], ...]:
+    """Whole calls from a stream's parts: those of one index are one call, whose arguments come piece by piece."""
+    calls: dict[int, dict[str, Any]] = {}
+    for part in parts:
+        function = part.get("function") or {}
+        call = calls.setdefault(part.get("index", len(calls)), {"function": {"arguments": ""}})
+        call.update({name: value for name, value in part.items() if name != "function"})
+        told = {name: value for name, value in function.items() if name != "arguments"}
+        arguments = call["function"]["arguments"] + (function.get("arguments") or "")
+        call["function"] = {**call["function"], **told, "arguments": arguments}
+    return tuple(calls[index] for index in sorted(calls))

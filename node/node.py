@@ -45,6 +45,7 @@ from node.api.context import ApiSettings
 from node.api.guard import is_loopback
 from node.ask import RUNTIME_FILE
 from node.boot import Boot
+from node.claims import Claims
 from node.config import NodeConfig
 from node.coordinator import LOCAL, Coordinator, Pace, decode_placement
 from node.entry import Entry, LiveGeneration
@@ -149,6 +150,7 @@ class Node:
             rng=random.Random(),
             on_recovered=self._on_recovered,
         )
+        self.claims = Claims(self.me, self.peers, lambda: self.view)
         self.relay = Relay(self.me, self.entry, self.peers, lambda: self.view)
         self.weights = Weights(
             self.folder.subfolder("models"), DoorFiles(self.peers.get), self.machine.needed_tensors, self.peers.reject

@@ -18,7 +18,7 @@ from mesh.types import NodeId
 from mesh.view import MeshView
 from node.api.service import CancelReason, EndEvent, Event, GenerationRequest, PromptEvent, Recovery, TokenEvent
 from node.entry import Entry, LiveGeneration
-from node.net.calls import _BY_CODE
+from node.net.calls import ERRORS_BY_CODE
 from node.peers import Peers
 
 PATH = "/peer/sessions/{session}"
@@ -263,7 +263,7 @@ def _framed(frame: Frame) -> bytes:
 
 
 def _failure(broke: Broke) -> MeshError:
-    kind: Any = _BY_CODE.get(broke.code, SessionLost)
+    kind: Any = ERRORS_BY_CODE.get(broke.code, SessionLost)
     error: MeshError = kind(broke.message)
     error.code = broke.code
     return error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import re
 import secrets
 import time
 from collections.abc import Callable
@@ -17,8 +18,8 @@ from mesh.errors import ConfigError, Leaving, NoRoute, PeerUnreachable, RequestE
 from mesh.types import ModelId, ModelInfo, NodeId
 from mesh.view import MeshView
 from node.api.service import Caller, GenerationRequest, Scope
-from node.entry import LiveGeneration
 from node.record import AddKey, AddToken, RemoveModel, RevokeKey, RevokeNode, RevokeToken, models_of
+from node.relay import Reading
 from node.security import token as tokens
 from node.security.ca import fingerprint
 from node.security.keys import find_api_key, is_admin_key, new_api_key
@@ -62,11 +63,23 @@ class NodeService:
 
     # -- generations ---------------------------------------------------------------------------------------------------
 
-    async def open(self, request: GenerationRequest) -> LiveGeneration:
+    async def open(self, request: GenerationRequest) -> Reading:
         if self._node.draining:
             raise Leaving("this node is leaving: ask another")
         self._check_nodes(request.allowed_nodes)
-        return await self._node.entry.open(request)
+        return Reading(self._node.relay, request, await self._node.entry.open(request))
+
+    async def attach(self, session: str, caller: Caller, patience_s: float) -> Reading | None:
+        if not re.fullmatch(r"[0-9a-f]{32}(-\d{1,4})?", session, re.ASCII):
+            return None
+        reading = await self._node.relay.attach(session, patience_s)
+        if reading is None or caller.id == reading.request.caller or "admin" in caller.scopes:
+            return reading
+        await reading.cancel("disconnected")
+        return None
+
+    async def claim(self, request: GenerationRequest) -> str:
+        return await self._node.claims.claim(request)
 
     def _check_nodes(self, wanted: tuple[str, ...]) -> None:
         """A name that no member bears is a mistake, which waiting would not mend; a member that is away may return."""

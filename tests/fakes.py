@@ -203,6 +203,9 @@ class FakeService:
         self.script: Script = lambda request: [*self._tokenizer.encode(reply, special=False), 1]
         self.known: list[ModelInfo] = [MODEL]
         self.opened: list[FakeGeneration] = []
+        self.mesh: dict[str, GenerationRequest] = {}
+        """Sessions by name; give several nodes the same to make them one mesh."""
+        self.claims: dict[tuple[str, str], tuple[str, str]] = {}
         self.live: set[FakeGeneration] = set()
         self.refuse: list[MeshError] = []
         """Errors for the next calls of ``open``."""
@@ -247,10 +250,28 @@ class FakeService:
         if self.refuse:
             raise self.refuse.pop(0)
         generation = FakeGeneration(self, request, self.script(request))
+        self.mesh[request.session] = request
         self.opened.append(generation)
         self.live.add(generation)
         self.began.set()
         return generation
+
+    async def attach(self, session: str, caller: Caller, patience_s: float) -> FakeGeneration | None:
+        """A reader that gets the same events again from the first on, as a log or a journal gives them."""
+        asked = self.mesh.get(session)
+        if asked is None or (asked.caller != caller.id and "admin" not in caller.scopes):
+            return None
+        generation = FakeGeneration(self, asked, self.script(asked))
+        self.live.add(generation)
+        return generation
+
+    async def claim(self, request: GenerationRequest) -> str:
+        session, body = self.claims.setdefault(
+            (request.caller, request.idempotency_key), (request.session, request.body_hash)
+        )
+        if body != request.body_hash:
+            raise RequestError("another body", code="idempotency_key_reused", status=409)
+        return session
 
     async def cancel(self, session: str, caller: Caller) -> bool:
         found = [g for g in self.live if g.request.session.split("-")[0] == session]

@@ -11,7 +11,7 @@ import structlog
 from aiohttp import web
 
 from mesh.errors import ConfigError, MeshError
-from node.api import admin, openai, system
+from node.api import admin, openai, sessions, system
 from node.api.context import API, CONTEXT, Api, ApiSettings, Context
 from node.api.door import Listener, read_body_in_time
 from node.api.errors import error_object, error_response, http_error_response
@@ -36,6 +36,7 @@ def make_app(service: Service, settings: ApiSettings, telemetry: Telemetry) -> w
             web.get("/v1/models", openai.list_models),
             web.get("/v1/models/{id:.+}", openai.show_model),
             web.delete("/v1/sessions/{id}", system.cancel_session),
+            web.get("/v1/sessions/{id}/events", sessions.session_events),
             web.get("/mesh/status", system.status),
             web.get("/health", system.health),
             web.get("/ready", system.ready),

@@ -18,11 +18,11 @@ from node.api.context import API, CONTEXT, Api, Context
 from node.api.errors import json_response
 from node.api.guard import need
 from node.api.messages import normalise
-from node.api.respond import respond
 from node.api.responses import as_chat
 from node.api.run import Call, Choice
 from node.api.schemas import ChatBody, CompletionBody, GenerationBody, read_body, read_object
 from node.api.service import Form, GenerationRequest
+from node.api.sessions import answer, known_whole
 from node.api.structured import structure_of
 from node.text.tokenizer import LONG_TEXT, Tokenizer, encode_off_loop, off_loop
 
@@ -43,7 +43,7 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     body = read_body(ChatBody, read_object(raw))
     model = find_model(api, body.model)
     tokenizer = await api.service.tokenizer(model.id)
-    return await respond(request, await chat_call(api, context, request, raw, body, model, tokenizer))
+    return await answer(request, await chat_call(api, context, request, raw, body, model, tokenizer))
 
 
 async def responses(request: web.Request) -> web.StreamResponse:
@@ -54,7 +54,7 @@ async def responses(request: web.Request) -> web.StreamResponse:
     body = as_chat(read_object(raw))
     model = find_model(api, body.model)
     tokenizer = await api.service.tokenizer(model.id)
-    return await respond(request, await chat_call(api, context, request, raw, body, model, tokenizer, "response"))
+    return await answer(request, await chat_call(api, context, request, raw, body, model, tokenizer, "response"))
 
 
 async def completions(request: web.Request) -> web.StreamResponse:
@@ -64,7 +64,7 @@ async def completions(request: web.Request) -> web.StreamResponse:
     body = read_body(CompletionBody, read_object(raw))
     model = find_model(api, body.model)
     tokenizer = await api.service.tokenizer(model.id)
-    return await respond(request, await completion_call(api, context, request, raw, body, model, tokenizer))
+    return await answer(request, await completion_call(api, context, request, raw, body, model, tokenizer))
 
 
 async def chat_call(
@@ -91,7 +91,7 @@ async def chat_call(
     base = _base_request(context, request, raw, body, model, sampling, form)
     requests = _choices(base, tuple(ids), limit, body.n or 1, first=0)
     choices = tuple(Choice(at, each) for at, each in enumerate(requests))
-    return Call(choices, len(ids), tokenizer, structure)
+    return known_whole(Call(choices, len(ids), tokenizer, structure))
 
 
 async def completion_call(
@@ -126,7 +126,7 @@ async def completion_call(
         text = await _text(tokenizer, prompt, long) if echo else ""
         requests = _choices(base, ids, limit, n, first=len(choices))
         choices += [Choice(each.choice, each, text, nothing) for each in requests]
-    return Call(tuple(choices), total, tokenizer, structure)
+    return known_whole(Call(tuple(choices), total, tokenizer, structure))
 
 
 async def _check_length(tokenizer: Tokenizer, text: str, model: ModelInfo, *, param: str) -> None:

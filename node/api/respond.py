@@ -6,20 +6,25 @@ from typing import Any
 
 from aiohttp import web
 
+from mesh.errors import RequestError
 from node.api.context import API, CONTEXT, Api, Context
 from node.api.errors import error_object, json_response
 from node.api.render import ChatRender, CompletionRender, Render
 from node.api.responses import ResponseRender
 from node.api.run import Call, Delta, Opened, Run
+from node.api.service import Generation
 from node.api.sse import EventStream, Silence
 from node.telemetry import get_logger
 
 
-async def respond(request: web.Request, call: Call) -> web.StreamResponse:
+async def respond(
+    request: web.Request, call: Call, attached: dict[int, Generation] | None = None, has: Has | None = None
+) -> web.StreamResponse:
+    """``attached``: choices that run already; ``has``: events that the client has."""
     api, context = request.app[API], request[CONTEXT]
-    async with Run(api, call, context.started) as run:
+    async with Run(api, call, context.started, attached) as run:
         if call.first.stream:
-            return await _stream(request, api, context, run, call)
+            return await _stream(request, api, context, run, call, Cursor(has or {}))
         return await _whole(context, run, call)
 
 
@@ -35,7 +40,9 @@ async def _whole(context: Context, run: Run, call: Call) -> web.Response:
     return json_response(make_render(call).whole(deltas, run))
 
 
-async def _stream(request: web.Request, api: Api, context: Context, run: Run, call: Call) -> web.StreamResponse:
+async def _stream(
+    request: web.Request, api: Api, context: Context, run: Run, call: Call, cursor: Cursor
+) -> web.StreamResponse:
     """Headers go out once the first generation is open, so that a refusal still has its own HTTP status.
 
     One that waits in the queue for longer than a comment's time gets them then, and a refusal as an event.
@@ -50,11 +57,12 @@ async def _stream(request: web.Request, api: Api, context: Context, run: Run, ca
                     _note_route(context, item)
             if not stream.started:
                 await stream.start(request)
-            await stream.send([event for item in items for event in _events(render, item)])
+            await stream.send([event for item in items for event in cursor.events(render, item)])
             for item in items:
                 if isinstance(item, Delta):
                     run.acknowledge(item)
             await stream.comment_if_due()
+        stream.last_id = cursor.last
         await stream.send([(stream.last_id, chunk) for chunk in render.closing(run)])
     except ConnectionError:
         raise  # the client is gone: nobody to tell
@@ -76,11 +84,54 @@ def make_render(call: Call) -> Render:
     return {"chat": ChatRender, "completion": CompletionRender, "response": ResponseRender}[call.first.form](call)
 
 
-def _events(render: Render, item: Opened | Delta) -> list[tuple[str, dict[str, Any]]]:
-    """SSE events with ids ``choice:tokens:characters``: what the client has of that choice once it has the event."""
-    if isinstance(item, Opened):
-        return [(f"{item.choice}:0:0", chunk) for chunk in render.opening(item.choice)]
-    return [(f"{item.choice}:{item.count}:{item.offset}", chunk) for chunk in render.chunks(item)]
+Has = dict[int, tuple[int, int]]
+"""Choice -> (tokens, number) of the last event of it that a client has."""
+
+
+class Cursor:
+    """Names events ``choice:tokens:characters``, what the client has of that choice once it has the event, and where
+    several have the same, all but the first ``...:number``.  Drops those that the client has: made again from the
+    journal, at whichever node, they are the same."""
+
+    def __init__(self, has: Has) -> None:
+        self._has = has
+        self._at: Has = {}
+        self.last = ""
+        """Id of the newest event, whether it was sent or dropped."""
+
+    def events(self, render: Render, item: Opened | Delta) -> list[tuple[str, dict[str, Any]]]:
+        if isinstance(item, Opened):
+            return self._named(item.choice, 0, 0, render.opening(item.choice))
+        return self._named(item.choice, item.count, item.offset, render.chunks(item))
+
+    def _named(
+        self, choice: int, tokens: int, offset: int, chunks: list[dict[str, Any]]
+    ) -> list[tuple[str, dict[str, Any]]]:
+        made = []
+        for chunk in chunks:
+            before, number = self._at.get(choice, (-1, 0))
+            number = number + 1 if before == tokens else 0
+            self._at[choice] = (tokens, number)
+            self.last = f"{choice}:{tokens}:{offset}" + (f":{number}" if number else "")
+            if (tokens, number) > self._has.get(choice, (-1, 0)):
+                made.append((self.last, chunk))
+        return made
+
+
+def parse_event_ids(text: str) -> Has:
+    """``Last-Event-ID``: an id of this stream, or one for each choice, separated by commas.  Empty: from the start."""
+    has: Has = {}
+    for one in filter(None, (part.strip() for part in text.split(","))):
+        parts = one.split(":")
+        if not (3 <= len(parts) <= 4 and all(part.isascii() and part.isdecimal() and len(part) < 10 for part in parts)):
+            raise RequestError(
+                "Last-Event-ID must be ids of this stream (choice:tokens:characters), at most one for each choice",
+                param="Last-Event-ID",
+                code="invalid_event_id",
+            )
+        choice, tokens, _, number = map(int, [*parts, "0"][:4])
+        has[choice] = max(has.get(choice, (-1, 0)), (tokens, number))
+    return has
 
 
 def _note_route(context: Context, opened: Opened) -> None:

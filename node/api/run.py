@@ -143,8 +143,10 @@ class _State:
 class Run:
     """The generations of one ``Call``, as an async context manager and iterator of batches of ``Opened | Delta``."""
 
-    def __init__(self, api: Api, call: Call, started: float) -> None:
+    def __init__(self, api: Api, call: Call, started: float, attached: dict[int, Generation] | None = None) -> None:
+        """``attached``: choices that run already, as their readers."""
         self._api, self._call, self._started = api, call, started
+        self._attached = attached or {}
         self._queue: asyncio.Queue[Opened | Delta | BaseException | None] = asyncio.Queue(QUEUED_DELTAS)
         self._parallel = asyncio.Semaphore(PARALLEL)
         self._tasks: list[asyncio.Task[None]] = []
@@ -208,12 +210,14 @@ class Run:
     async def _pump(self, choice: Choice) -> None:
         request = choice.request
         try:
+            if choice.index in self._attached:
+                return await self._drive(choice, self._attached[choice.index])
             async with self._parallel:
                 async with asyncio.timeout(request.timeout_s) as waiting:
                     async with self._api.gate.slot(request.priority, sibling=choice.index > 0):
                         waiting.reschedule(None)
                         self._api.telemetry.queue_time.observe(time.monotonic() - self._started)
-                        await self._drive(choice)
+                        await self._drive(choice, await self._api.service.open(request))
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if task is None or task.cancelling():
@@ -227,8 +231,7 @@ class Run:
         except Exception as error:  # a bug here must end the request with an error, not leave it waiting for ever
             await self._queue.put(error)
 
-    async def _drive(self, choice: Choice) -> None:
-        generation = await self._api.service.open(choice.request)
+    async def _drive(self, choice: Choice, generation: Generation) -> None:
         self._open[choice.index] = generation
         state, reason = _State(choice, self._call), "disconnected"
         clock = _TokenClock(self._api, self._started)

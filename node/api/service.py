@@ -69,6 +69,14 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     created: int = 0
     """Wall seconds, as in the response."""
     choice: int = 0
+    choices: int = 1
+    """Of the whole HTTP request ..."""
+    prompt_tokens: int = 0
+    """... and the tokens of all its prompts."""
+    discard: bool = False
+    """The one token that is drawn is not shown: only the prompt is scored."""
+    tool_mode: str = "none"
+    tool_names: tuple[str, ...] = ()
 
 
 Top = tuple[tuple[int, float], ...]
@@ -118,7 +126,12 @@ class Recovery(msgspec.Struct, frozen=True):
 
 
 class Generation(Protocol):
-    """A running session.  Iterating ends after the EndEvent, or raises MeshError (SessionLost, ...) when it broke."""
+    """A running session, at whichever node owns it; what follows after a change of owner is the same.
+
+    Iterating ends after the EndEvent, or raises MeshError (SessionLost, ...) when it broke."""
+
+    @property
+    def request(self) -> GenerationRequest: ...
 
     @property
     def route(self) -> str:
@@ -140,7 +153,8 @@ class Generation(Protocol):
         ...
 
     async def cancel(self, reason: CancelReason) -> None:
-        """End it and free its pages; iteration stops.  Harmless after the end and when repeated."""
+        """This reader is done.  ``stop`` ends the session; else it ends with its last reader, unless it may wait for
+        another (it was adopted, or has an idempotency key).  Harmless after the end."""
         ...
 
 
@@ -166,6 +180,16 @@ class Service(Protocol):
     # -- generations -------------------------------------------------------------------------------------------
     async def open(self, request: GenerationRequest) -> Generation:
         """Open the session at every hop.  CapacityError, NoRoute, RequestError: certainly nothing was started."""
+        ...
+
+    async def attach(self, session: str, caller: Caller, patience_s: float) -> Generation | None:
+        """One reader more of ``session`` from its first event on, wherever it runs or has ended a while ago.  None:
+        this caller has no such session; while its owner is being replaced that takes up to ``patience_s``."""
+        ...
+
+    async def claim(self, request: GenerationRequest) -> str:
+        """The session that runs under this caller's idempotency key: ``request.session``, or that of an earlier
+        request with the same body.  RequestError (409): the body was another."""
         ...
 
     async def cancel(self, session: str, caller: Caller) -> bool:

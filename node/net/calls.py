@@ -27,7 +27,7 @@ MAX_RPC_BYTES = 16 * 2**20
 """Of a request or a reply; larger things are files, fetched in ranges."""
 CONNECT_S = 3.0
 
-_BY_CODE: dict[str, type[MeshError]] = {
+ERRORS_BY_CODE: dict[str, type[MeshError]] = {
     kind.code: kind for kind in (CapacityError, NoRoute, StalePlacement, SessionLost, PeerUnreachable)
 }
 
@@ -119,7 +119,7 @@ def fault(status: int, body: bytes) -> MeshError:
         told = msgspec.json.decode(body, type=Fault)
     except msgspec.DecodeError:
         return PeerError(f"the peer answered {status} without saying why")
-    kind = _BY_CODE.get(told.error)
+    kind = ERRORS_BY_CODE.get(told.error)
     if kind is not None:
         return kind(told.message)
     if 400 <= status < 500:

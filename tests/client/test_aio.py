@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 
 import pytest
@@ -80,7 +81,8 @@ async def test_tool_calls(two: Two) -> None:
     async with client(two[0], learn=False) as mesh:
         answer = await mesh.chat(HI, tools=[{"type": "function", "function": {"name": "f"}}])
     assert answer.finish_reason == "tool_calls"
-    assert answer.choices[0].tool_calls[0]["function"] == {"name": "f", "arguments": '{"a":1}'}
+    called = answer.choices[0].tool_calls[0]["function"]
+    assert (called["name"], json.loads(called["arguments"])) == ("f", {"a": 1})
 
 
 async def test_models_status_and_cancel(two: Two) -> None:
@@ -129,16 +131,52 @@ async def test_a_node_that_dies_before_the_first_token_costs_nothing(two: Two) -
     assert len(keys) == 1, "the second attempt is known as a repeat"
 
 
-async def test_a_node_that_dies_in_the_middle_is_told_with_all_that_is_needed_to_go_on(two: Two) -> None:
+@pytest.mark.parametrize("after", range(1, 8))
+async def test_a_stream_goes_on_at_another_node_without_a_gap_or_a_repeat(two: Two, after: int) -> None:
+    two[1].service.mesh = two[0].service.mesh
+    two[0].service.hold_after = after
+    async with client(two[0]) as mesh:
+        mesh.nodes.learn([two[1].url], two[0].url)
+        mesh.nodes.began(two[1].url)  # so that the first is asked
+        stream = await mesh.chat(HI, stream=True, logprobs=True)
+        pieces = []
+        async for piece in stream:
+            pieces.append(piece)
+            if stream.progress.event_ids.get(0, "").startswith(f"0:{after}:") and two[0].service.live:
+                two[0].kill()
+    assert "".join(piece.text for piece in pieces) == REPLY
+    tokens = [entry["token"] for piece in pieces for entry in (piece.logprobs or {}).get("content", [])]
+    assert "".join(tokens).removesuffix("</s>") == REPLY
+    assert [piece.finish_reason for piece in pieces if piece.finish_reason] == ["stop"]
+    assert (stream.progress.moves, pieces[-1].usage is not None) == (1, True)
+    assert two[1].service.opened == [], "it was gone on with, not run again"
+
+
+async def test_a_whole_answer_survives_too(two: Two) -> None:
+    two[1].service.mesh = two[0].service.mesh
+    two[0].service.hold_after = 4
+    async with client(two[0]) as mesh:
+        mesh.nodes.learn([two[1].url], two[0].url)
+        mesh.nodes.began(two[1].url)
+        answer = asyncio.create_task(mesh.chat(HI))
+        await two[0].service.began.wait()
+        while two[0].service.opened[0].drawn < 4:  # noqa: ASYNC110  the fake has no event for it
+            await asyncio.sleep(0)
+        two[0].kill()
+        assert (await answer).text == REPLY
+
+
+async def test_a_stream_that_no_node_goes_on_with_is_told_with_how_far_it_came(two: Two) -> None:
     two[0].service.hold_after = 6
     pieces = []
-    async with client(two[0], learn=False) as mesh:
+    async with client(two[0], learn=False, patience_s=0.2) as mesh:
         stream = await mesh.chat(HI, stream=True)
 
         async def read() -> None:
             async for piece in stream:
                 pieces.append(piece)
                 if stream.progress.event_ids.get(0, "").startswith("0:6:"):
+                    two[0].service.mesh.clear()
                     two[0].kill()
 
         with pytest.raises(StreamInterrupted) as caught:
@@ -210,10 +248,10 @@ async def test_an_error_in_the_middle_is_told(two: Two) -> None:
 
 async def test_a_node_that_falls_silent_counts_as_gone(two: Two) -> None:
     two[0].service.hold_after = 3
-    async with client(two[0], learn=False, silence_s=0.1) as mesh:
+    async with client(two[0], learn=False, silence_s=0.1, patience_s=0.3) as mesh:
         with pytest.raises(StreamInterrupted):
             await mesh.chat(HI)
-        assert mesh.nodes._nodes[two[0].url].failures == 1
+        assert mesh.nodes._nodes[two[0].url].failures >= 1
 
 
 async def test_hanging_up_frees_the_session(two: Two) -> None:
@@ -224,8 +262,8 @@ async def test_hanging_up_frees_the_session(two: Two) -> None:
             two[0].service.ended.clear()
         async with asyncio.timeout(2):
             await two[0].service.ended.wait()
-        assert two[0].service.opened[0].cancelled == "disconnected"
-        assert mesh.nodes._nodes[two[0].url].outstanding == 0
+        assert two[0].service.opened[0].cancelled in ("disconnected", "cancelled")
+    assert mesh.nodes._nodes[two[0].url].outstanding == 0
 
 
 async def test_outstanding_counts_return_to_nothing(two: Two) -> None:

@@ -1,0 +1,113 @@
+"""Streams that outlive the connection they began on: resuming by event id, and repeating by idempotency key."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import msgspec
+from aiohttp import web
+
+from mesh.errors import RequestError
+from node.api.context import API, CONTEXT, Api, Context
+from node.api.guard import need
+from node.api.respond import parse_event_ids, respond
+from node.api.run import Call, Choice
+from node.api.service import Generation
+from node.api.structured import Structure, ToolMode
+
+PATIENCE_S = 3.0
+"""How long a session may have no owner while a client asks for it: its holders notice and adopt meanwhile."""
+
+
+def known_whole(call: Call) -> Call:
+    """``call`` with what another node needs to give the whole answer written into each of its requests."""
+    facts = {
+        "choices": len(call.choices),
+        "prompt_tokens": call.prompt_tokens,
+        "tool_mode": call.structure.mode,
+        "tool_names": call.structure.names,
+    }
+    made = (
+        msgspec.structs.replace(each, request=msgspec.structs.replace(each.request, discard=each.discard, **facts))
+        for each in call.choices
+    )
+    return msgspec.structs.replace(call, choices=tuple(made))
+
+
+async def answer(request: web.Request, call: Call) -> web.StreamResponse:
+    """A new request, or under an idempotency key that is known the one that runs (or ran) already."""
+    api, context, first = request.app[API], request[CONTEXT], call.first
+    if not first.idempotency_key:
+        return await respond(request, call)
+    session = await api.service.claim(first)
+    if session == first.session:
+        return await respond(request, call)
+    context.session = session
+    attached: dict[int, Generation] = {}
+    choices = []
+    for each in call.choices:
+        name = session if each.index == 0 else f"{session}-{each.index}"
+        reader = await api.service.attach(name, context.caller, 0.0 if attached or each.index else PATIENCE_S)
+        if reader is not None:
+            attached[each.index] = reader
+            # The answer's id and time are those of the first time; whether it is streamed is asked anew.
+            again = {"stream": each.request.stream, "include_usage": each.request.include_usage}
+            made = msgspec.structs.replace(reader.request, **again)
+        else:
+            made = msgspec.structs.replace(each.request, session=name)
+        choices.append(msgspec.structs.replace(each, request=made))
+    call = msgspec.structs.replace(call, choices=tuple(choices))
+    return await respond(request, call, attached, parse_event_ids(request.headers.get("Last-Event-ID", "")))
+
+
+async def session_events(request: web.Request) -> web.StreamResponse:
+    """GET /v1/sessions/{id}/events: the stream from after ``Last-Event-ID`` on, at any node."""
+    api, context = request.app[API], request[CONTEXT]
+    need(context.caller, "infer")
+    has = parse_event_ids(request.headers.get("Last-Event-ID", ""))
+    session = request.match_info["id"]
+    context.session = session if session.isascii() and session.isprintable() else ""
+    attached = await _attach_all(api, context, session)
+    try:
+        call = await _call_of(api, attached)
+    except BaseException:
+        await _release(attached)
+        raise
+    return await respond(request, call, attached, has)
+
+
+async def _attach_all(api: Api, context: Context, session: str) -> dict[int, Generation]:
+    first = await api.service.attach(session, context.caller, PATIENCE_S)
+    if first is None:
+        raise RequestError("no such session of yours is known", code="session_not_found", status=404)
+    attached = {0: first}
+    for index in range(1, first.request.choices):
+        reader = await api.service.attach(f"{session}-{index}", context.caller, 0.0)
+        if reader is None:
+            await _release(attached)
+            raise RequestError(
+                f"choice {index} of this session was not begun or is lost: repeat the request with its Idempotency-Key",
+                code="session_incomplete",
+                status=404,
+            )
+        attached[index] = reader
+    return attached
+
+
+async def _release(attached: dict[int, Generation]) -> None:
+    for reader in attached.values():
+        await reader.cancel("disconnected")
+
+
+async def _call_of(api: Api, attached: dict[int, Generation]) -> Call:
+    """The call as it was made, from its journals alone."""
+    first = attached[0].request
+    tokenizer = await api.service.tokenizer(first.model)
+    choices = []
+    for index, reader in attached.items():
+        asked = msgspec.structs.replace(reader.request, stream=True)
+        echoed = tokenizer.decode(asked.prompt) if asked.echo else ""
+        choices.append(Choice(index, asked, echoed, asked.discard))
+    tools = tuple({"function": {"name": name}} for name in first.tool_names)
+    structure = Structure(tools=tools, mode=cast(ToolMode, first.tool_mode))
+    return Call(tuple(choices), first.prompt_tokens, tokenizer, structure)
