@@ -1,0 +1,44 @@
+"""The models that benchmarks run, and the form of their figures."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from scripts.figures import ROOT
+
+
+class Models:
+    """Benchmark models in one folder, written when they are first asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder.absolute()
+
+    def get(self, shape: str, dtype: str) -> Path:
+        """A folder of ``make_bench_model``."""
+        path = self.folder / f"{shape}-{dtype}" / "model"
+        return path if (path / "config.json").exists() else _script("make_bench_model").write(shape, path, dtype)
+
+    def tiny(self, layers: int) -> Path:
+        """A tiny Llama with a tokenizer."""
+        from tests.tiny_models import write_tiny
+
+        path = self.folder / f"tiny-{layers}" / "model"
+        return path if path.exists() else write_tiny("llama", path, layers, tokenizer=True)
+
+
+def _script(name: str) -> ModuleType:
+    loader = importlib.machinery.SourceFileLoader(name, str(ROOT / "scripts" / name))
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))  # type: ignore[arg-type]
+    loader.exec_module(module)
+    return module
+
+
+def figure(what: str, value: float, unit: str, least: float | None = None, most: float | None = None) -> dict[str, Any]:
+    """A ratio or a time, its goal and whether it holds."""
+    goal = f">= {least:g}" if least is not None else f"<= {most:g}"
+    holds = (least is None or value >= least) and (most is None or value <= most)
+    return {"what": what, "value": round(value, 3), "unit": unit, "goal": goal, "holds": holds}
