@@ -91,7 +91,7 @@ class Batch:
         self._device = device
         self._masks: dict[tuple[int, int, int], Mask] = {}
         self._rules: list[MaskRule | None] = []
-        self._buffers: dict[tuple[int, tuple[int, ...]], torch.Tensor] = {}
+        self._buffers: dict[tuple[int, tuple[int, ...]], tuple[torch.Tensor, torch.Tensor]] = {}
         self._columns: dict[int, torch.Tensor] = {}
         self._turning: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
         self._singles = [r for r in rows if r.n == 1]
@@ -172,14 +172,15 @@ class Batch:
         product = _plain if softcap is None and sinks is None else _special
         options = (scale, softcap, sinks)
         pieces = [*self._runs, *self._tiles]
-        if len(pieces) == 1 and pieces[0].last - pieces[0].first == query.shape[0]:
-            found = self._attend_piece(0, pieces[0], layer, query, rule, product, options)
-            return found.contiguous()  # some models take a view of it
         # Rows that only fill up the batch stay zero: NaN would confuse a router.
         make = query.new_empty if query.shape[0] == self.count else query.new_zeros
-        out = make(*query.shape[:2], value.shape[-1])
+        out = make((*query.shape[:2], value.shape[-1]))
         for number, piece in enumerate(pieces):
-            out[piece.first : piece.last] = self._attend_piece(number, piece, layer, query, rule, product, options)
+            if piece.last - piece.first == query.shape[0]:
+                self._attend_piece(number, piece, layer, query, out, rule, product, options)
+            else:
+                rows, found = query[piece.first : piece.last], out[piece.first : piece.last]
+                self._attend_piece(number, piece, layer, rows, found, rule, product, options)
         return out
 
     def turning(self, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -199,11 +200,11 @@ class Batch:
             for target, source in zip(write.extent.layer(layer, key, value), (key, value), strict=True):
                 for slot, low, high in write.clear:
                     target[slot, low:high] = 0
-                rows = source.flatten(1)
+                rows = source.reshape(source.shape[0], -1)
                 if write.rows is not None:
                     rows = rows[write.rows]
                 elif rows.shape[0] != self.count:
-                    rows = rows[: self.count]
+                    rows = rows.narrow(0, 0, self.count)
                 target.view(-1, rows.shape[1]).index_copy_(0, write.index, rows)
 
     def _attend_piece(
@@ -211,67 +212,45 @@ class Batch:
         number: int,
         piece: Run | Tile,
         layer: int,
-        query: torch.Tensor,
-        rule: MaskRule | None,
-        product: Callable[..., torch.Tensor],
-        options: tuple[Any, ...],
-    ) -> torch.Tensor:
-        """[last - first, Hq, Dv]."""
-        rows = query if piece.last - piece.first == query.shape[0] else query[piece.first : piece.last]
-        if isinstance(piece, Run):
-            return self._attend_run(number, piece, layer, rows, rule, product, options)
-        return self._attend_tile(number, piece, layer, rows, rule, product, options)
-
-    def _attend_run(
-        self,
-        number: int,
-        run: Run,
-        layer: int,
         rows: torch.Tensor,
+        out: torch.Tensor,
         rule: MaskRule | None,
         product: Callable[..., torch.Tensor],
         options: tuple[Any, ...],
-    ) -> torch.Tensor:
-        keys, values = (t[run.low : run.high, : run.keys].transpose(1, 2) for t in run.extent.tensors(layer))
-        slots, key_heads, _, size = keys.shape
-        group = rows.shape[1] // key_heads
-        query = rows.reshape(-1, key_heads, group, size)
-        if run.where is not None or group % 4:
-            wide = self._wide(run, key_heads, group, query)
-            if run.where is None:
-                wide[:, :, :group] = query
-            else:
-                wide[run.where, :, :group] = query
-            query = wide
-        mask = self._run_mask(rule, number, run, query)
+    ) -> None:
+        """``rows`` [last - first, Hq, D] -> ``out`` [last - first, Hq, Dv]."""
+        low, high = (piece.low, piece.high) if isinstance(piece, Run) else (piece.slot, piece.slot + 1)
+        keys, values = (_view(t, low, high, piece.keys) for t in piece.extent.tensors(layer))
+        if isinstance(piece, Tile):
+            query, n = rows.transpose(0, 1)[None], rows.shape[0]
+            if n % 4:
+                query = F.pad(query, (0, 0, 0, -n % 4))
+            mask = self._tile_mask(rule, number, piece, query)
+            out.copy_(product(query, keys, values, mask, *options)[0, :, :n].transpose(0, 1))
+            return
+        key_heads = keys.shape[1]
+        query = rows.reshape(rows.shape[0], key_heads, -1, rows.shape[2])
+        group = query.shape[2]
+        if piece.where is not None or group % 4:
+            query = self._widened(piece, query)
+        mask = self._run_mask(rule, number, piece, query)
         found = product(query, keys, values, mask, *options)
-        found = (found if group % 4 == 0 else found[:, :, :group]).reshape(slots, rows.shape[1], -1)
-        return found if run.where is None else found[run.where]
+        found = found if group % 4 == 0 else found.narrow(2, 0, group)
+        out.view(-1, key_heads, group, out.shape[2]).copy_(found if piece.where is None else found[piece.where])
 
-    def _wide(self, run: Run, key_heads: int, group: int, like: torch.Tensor) -> torch.Tensor:
+    def _widened(self, run: Run, query: torch.Tensor) -> torch.Tensor:
         """Queries of a run in whole fours, a row a slot; what no query is written to stays zero through all layers."""
-        shape = (run.high - run.low, key_heads, -(-group // 4) * 4, like.shape[-1])
+        shape = (run.high - run.low, query.shape[1], -(-query.shape[2] // 4) * 4, query.shape[3])
         found = self._buffers.get((run.first, shape))
         if found is None:
-            found = self._buffers[run.first, shape] = like.new_zeros(shape)
-        return found
-
-    def _attend_tile(
-        self,
-        number: int,
-        tile: Tile,
-        layer: int,
-        rows: torch.Tensor,
-        rule: MaskRule | None,
-        product: Callable[..., torch.Tensor],
-        options: tuple[Any, ...],
-    ) -> torch.Tensor:
-        keys, values = (t[tile.slot : tile.slot + 1, : tile.keys].transpose(1, 2) for t in tile.extent.tensors(layer))
-        query, n = rows.transpose(0, 1)[None], rows.shape[0]
-        if n % 4:
-            query = F.pad(query, (0, 0, 0, -n % 4))
-        mask = self._tile_mask(rule, number, tile, query)
-        return product(query, keys, values, mask, *options)[0, :, :n].transpose(0, 1)
+            wide = query.new_zeros(shape)
+            found = self._buffers[run.first, shape] = (wide, wide.narrow(2, 0, query.shape[2]))
+        wide, inner = found
+        if run.where is None:
+            inner.copy_(query)
+        else:
+            inner[run.where] = query
+        return wide
 
     # -- masks: additive, made once for each rule and piece ------------------------------------------------------------
 
@@ -303,6 +282,13 @@ class Batch:
         self._rules.append(rule)  # keeps its id from being given away
         hidden = ~torch.as_tensor(visible).broadcast_to(positions.shape[0], keys)
         return torch.zeros_like(hidden, dtype=query.dtype).masked_fill_(hidden, float("-inf"))
+
+
+def _view(tensor: torch.Tensor, low: int, high: int, length: int) -> torch.Tensor:
+    """Positions [0, length) of slots [low, high) of a contiguous [slots, width, H, D] as [slots, H, length, D]."""
+    _, width, heads, size = tensor.shape
+    row = heads * size
+    return tensor.as_strided((high - low, heads, length, size), (width * row, size, row, 1), low * width * row)
 
 
 def _plain(
