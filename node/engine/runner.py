@@ -10,7 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import torch
@@ -24,6 +24,8 @@ from node.engine.shard import Shard
 from node.engine.span import Part
 
 RATE_WINDOW_S = 5.0
+GRACE, GRACE_MOST_S = 0.1, 0.005
+"""How long a step waits for the tokens of the one before: this share of a step, and no longer."""
 Deliver = Callable[[list[Result]], None]
 
 
@@ -77,6 +79,7 @@ class Runner:
             torch.set_num_threads(self._threads)
             while not self._stopping:
                 self._take_in()
+                self._wait_for_fed()
                 plan = plan_step(self._sequences.values(), self._step_rows, self._chunk_rows())
                 if plan.groups:
                     self._compute(plan)
@@ -93,6 +96,26 @@ class Runner:
             if self._stopping:
                 return
             idle = idle and self._inbox.empty() and not any(s.ready for s in self._sequences.values())
+
+    def _wait_for_fed(self) -> None:
+        """Give the tokens just drawn the moment that they need to come back as the next rows.
+
+        They pass through the event loop.  A step that left without them would keep them waiting for all of its chunk,
+        and streams that parted ways would stay in different steps for good.
+        """
+        end = time.perf_counter() + min(GRACE_MOST_S, GRACE * self.pace.step_s)
+        while not self._stopping and any(self._is_awaited(s) for s in self._sequences.values()):
+            try:
+                call, args = self._inbox.get(timeout=max(0.0, end - time.perf_counter()))
+            except Empty:
+                return
+            call(*args)
+
+    def _is_awaited(self, sequence: Sequence) -> bool:
+        """Its token was drawn here in the last step, and its next row starts here, too."""
+        spec = sequence.spec
+        whole = spec.start == 0 and spec.hops == 1 and spec.sampling is not None
+        return whole and sequence.served == self._step and not sequence.queue and not sequence.failed
 
     def _stop(self) -> None:
         self._stopping = True
