@@ -192,7 +192,7 @@ class AsyncMeshClient:
 
     async def open(self, progress: Progress, rounds: Rounds) -> tuple[aiohttp.ClientResponse, str]:
         """A node that takes the request, and its response with the stream.  ``closed`` must follow."""
-        headers = {"Idempotency-Key": progress.idempotency_key}
+        headers = {"Idempotency-Key": progress.idempotency_key, **_last_event(progress)}
         response, url = await self._attempt("POST", progress.path, progress.body, headers, rounds)
         progress.session = response.headers.get("x-mesh-session", "")
         progress.route = response.headers.get("x-mesh-route", "")
@@ -206,14 +206,13 @@ class AsyncMeshClient:
         body: object,
         headers: dict[str, str],
         rounds: Rounds,
-        passing: frozenset[int] = PASSING,
     ) -> tuple[aiohttp.ClientResponse, str]:
         while True:
             url = self.nodes.pick(time.monotonic(), rounds.tried)
             if url is None:
                 await rounds.next_round()
                 continue
-            response = await self._try(method, url, path, body, headers, rounds, passing)
+            response = await self._try(method, url, path, body, headers, rounds)
             if response is not None:
                 return response, url
 
@@ -225,7 +224,6 @@ class AsyncMeshClient:
         body: object,
         headers: dict[str, str],
         rounds: Rounds,
-        passing: frozenset[int],
     ) -> aiohttp.ClientResponse | None:
         """One node, once.  None: try another; ApiError: no other would say otherwise."""
         self.nodes.began(url)
@@ -239,7 +237,7 @@ class AsyncMeshClient:
                 taken = True
                 return response
             error = await _refusal(response, url)
-            if error.status not in passing:
+            if error.status not in PASSING:
                 raise error
             rounds.note(url, str(error), error)
         except TRANSPORT as error:
@@ -251,13 +249,9 @@ class AsyncMeshClient:
         return None
 
     async def resume(self, progress: Progress, rounds: Rounds) -> tuple[aiohttp.ClientResponse, str]:
-        """The rest of a stream that broke off, from whichever node has it.  ``closed`` must follow.
-
-        Right after a loss nobody may own the session yet: a 404 is asked again until patience ends.
-        """
-        headers = {"Last-Event-ID": ",".join(progress.event_ids.values())}
+        """The rest of a stream that broke off, from whichever node has it.  ``closed`` must follow."""
         path = f"/v1/sessions/{progress.session}/events"
-        response, url = await self._attempt("GET", path, None, headers, rounds, PASSING | {404})
+        response, url = await self._attempt("GET", path, None, _last_event(progress), rounds)
         self._learn_soon(url)
         return response, url
 
@@ -309,6 +303,10 @@ class AsyncMeshClient:
         if isinstance(members, list):
             alive = [m for m in members if isinstance(m, dict) and m.get("state") == "alive"]
             self.nodes.learn([str(m["api"]) for m in alive if m.get("api")], url)
+
+
+def _last_event(progress: Progress) -> dict[str, str]:
+    return {"Last-Event-ID": ",".join(progress.event_ids.values())} if progress.begun else {}
 
 
 def _trusting(ca: str | Path) -> ssl.SSLContext:

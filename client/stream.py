@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import aiohttp
 
-from client.errors import ApiError, NoNodeReachable, StreamFailed, StreamInterrupted
+from client.errors import ApiError, NoNodeReachable, NotFound, StreamFailed, StreamInterrupted
 from client.sse import SseParser
 from client.values import Piece, Progress, pieces_of
 
@@ -112,7 +112,10 @@ class Stream:
         if not self.progress.begun:
             return await self._client.open(self.progress, rounds)
         try:
-            return await self._client.resume(self.progress, rounds)
+            try:
+                return await self._client.resume(self.progress, rounds)
+            except NotFound:  # all that knew it are gone: the same key and seed draw the same tokens again
+                return await self._client.open(self.progress, rounds)
         except (ApiError, NoNodeReachable) as error:
             raise StreamInterrupted(
                 f"the answer broke off after {sum(map(len, self.progress.texts.values()))} characters, "

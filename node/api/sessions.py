@@ -35,13 +35,18 @@ def known_whole(call: Call) -> Call:
 
 
 async def answer(request: web.Request, call: Call) -> web.StreamResponse:
-    """A new request, or under an idempotency key that is known the one that runs (or ran) already."""
+    """A new request, or under an idempotency key that is known the one that runs (or ran) already.
+
+    With ``Last-Event-ID`` only the rest is sent, for a client whose session was lost with all that knew it: under the
+    same key and seed the same tokens are drawn again.
+    """
     api, context, first = request.app[API], request[CONTEXT], call.first
     if not first.idempotency_key:
         return await respond(request, call)
+    has = parse_event_ids(request.headers.get("Last-Event-ID", ""))
     session = await api.service.claim(first)
     if session == first.session:
-        return await respond(request, call)
+        return await respond(request, call, has=has)
     context.session = session
     attached: dict[int, Generation] = {}
     choices = []
@@ -57,7 +62,7 @@ async def answer(request: web.Request, call: Call) -> web.StreamResponse:
             made = msgspec.structs.replace(each.request, session=name)
         choices.append(msgspec.structs.replace(each, request=made))
     call = msgspec.structs.replace(call, choices=tuple(choices))
-    return await respond(request, call, attached, parse_event_ids(request.headers.get("Last-Event-ID", "")))
+    return await respond(request, call, attached, has)
 
 
 async def session_events(request: web.Request) -> web.StreamResponse:

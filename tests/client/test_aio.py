@@ -152,6 +152,22 @@ async def test_a_stream_goes_on_at_another_node_without_a_gap_or_a_repeat(two: T
     assert two[1].service.opened == [], "it was gone on with, not run again"
 
 
+async def test_a_session_that_nobody_knows_any_more_is_run_again_under_its_key(two: Two) -> None:
+    two[0].service.hold_after = 4
+    async with client(two[0]) as mesh:
+        mesh.nodes.learn([two[1].url], two[0].url)
+        mesh.nodes.began(two[1].url)
+        stream = await mesh.chat(HI, stream=True)
+        pieces = []
+        async for piece in stream:
+            pieces.append(piece)
+            if stream.progress.event_ids.get(0, "").startswith("0:4:") and two[0].service.live:
+                two[0].kill()
+    assert "".join(piece.text for piece in pieces) == REPLY
+    keys = {each.service.opened[0].request.idempotency_key for each in two}
+    assert len(keys) == 1
+
+
 async def test_a_whole_answer_survives_too(two: Two) -> None:
     two[1].service.mesh = two[0].service.mesh
     two[0].service.hold_after = 4
@@ -177,6 +193,7 @@ async def test_a_stream_that_no_node_goes_on_with_is_told_with_how_far_it_came(t
                 pieces.append(piece)
                 if stream.progress.event_ids.get(0, "").startswith("0:6:"):
                     two[0].service.mesh.clear()
+                    two[0].service.refuse = [NoRoute("nobody holds it") for _ in range(99)]
                     two[0].kill()
 
         with pytest.raises(StreamInterrupted) as caught:

@@ -165,10 +165,14 @@ class Weather:
         self.world.at(self.world.now + (RENEW_S if self.over else POLL_S), self._poll)
 
     def _anybody_knows(self, session: str) -> bool:
-        """Some process still has the session or its journal: it must not be lost."""
+        """Some process still has the session, its journal or its result: it must not be lost.  What ended at a node
+        that died before its client had the last of it is: the SDK then asks again under its key."""
         for node in self.world.nodes.values():
-            core = node.core
-            if node.up and (session in core.sessions or session in core.ends or core.stage.journals.get(session)):
+            if node.up and (
+                session in node.core.sessions
+                or isinstance(node.core.ends.get(session), e.Ended | e.Failed)
+                or node.core.stage.journals.get(session)
+            ):
                 return True
         # On its way, as an Open say.
         return any(

@@ -107,6 +107,11 @@ def test_any_weather(block: int) -> None:
         play(seed)
 
 
+def test_an_end_that_died_with_its_node_before_it_was_read_is_no_hang() -> None:
+    """The owner ended and released a session, and was killed 25 ms later; another had yielded to it before."""
+    assert play(101432).lost == ["s0"]
+
+
 # -- the owner dies ----------------------------------------------------------------------------------------------------
 
 
