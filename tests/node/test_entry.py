@@ -14,7 +14,8 @@ from mesh.core import Rejected, Send
 from mesh.errors import CapacityError, MeshError, NoRoute, RequestError, SessionLost
 from mesh.pipeline import messages as m
 from mesh.pipeline import session as core
-from mesh.types import ModelId, SamplingParams
+from mesh.pipeline.journal import Adopt
+from mesh.types import Hop, ModelId, Route, SamplingParams
 from mesh.view import MemberView, MeshView
 from node import entry as module
 from node.api.service import EndEvent, GenerationRequest, PromptEvent, TokenEvent
@@ -472,3 +473,67 @@ async def test_a_substitute_of_the_survivors_hardware_is_preferred() -> None:
     world.entry.lost("b", "reset")
     assert [to for to, _ in world.take(m.Open)] == ["a", "d"]
     generation.finish("cancelled")
+
+
+# -- adoption ----------------------------------------------------------------------------------------------------------
+
+
+def adoption(session: str = "s", drawn: tuple[int, ...] = (30, 31), **more: Any) -> Adopt:
+    asked = module._journal(request(session, **more))
+    return Adopt(session, (2, "gone"), Route("m", (Hop("a", 0, 4), Hop("b", 4, 8))), asked, drawn, 100.0, "reset")
+
+
+async def test_an_adopted_session_is_read_from_its_first_token_on(world: World) -> None:
+    world.entry.adopt(adoption())
+    world.answer_opens()
+    (generation,) = world.entry.sessions()
+    generation.attach()
+    world.draw(generation, 32, STOP)
+    events = await rest(generation)
+    assert [event.token for event in events[:-1]] == [30, 31, 32, STOP]
+    assert events[-1] == EndEvent("stop")
+    assert [(r.cause, r.hop) for r in generation.recoveries] == [("owner lost", "owner")]
+    assert [event.token for event in await rest(generation) if isinstance(event, TokenEvent)] == [30, 31, 32, STOP]
+
+
+async def test_what_is_owned_here_is_not_adopted_again(world: World) -> None:
+    generation = await world.open()
+    world.entry.adopt(adoption())
+    assert world.entry.sessions() == [generation]
+
+
+async def test_an_adopted_session_waits_for_a_reader_and_then_ends(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "ORPHAN_S", 0.01)
+    world.entry.adopt(adoption())
+    world.entry.adopt(adoption("batch", priority="batch"))
+    async with asyncio.timeout(5.0):
+        while len(world.entry.sessions()) > 1:  # noqa: ASYNC110  it ends by a timer of the loop
+            await asyncio.sleep(0.01)
+    assert [generation.request.priority for generation in world.entry.sessions()] == ["batch"]
+
+
+async def test_a_keyed_session_outlives_its_reader_and_another_does_not(world: World) -> None:
+    kept, ended = await world.open(request("kept", idempotency_key="k")), await world.open(request("ended"))
+    await kept.cancel("disconnected")
+    await ended.cancel("disconnected")
+    assert world.entry.sessions() == [kept]
+
+
+async def test_an_owner_that_yields_lets_its_readers_go_on_elsewhere(world: World) -> None:
+    generation = await world.open()
+    world.draw(generation, 30)
+    world.say(m.Ahead("s", generation.session.epoch, (9, "x")), "b")
+    assert [event.token async for event in generation] == [30], "no end: there is more at the new owner"
+    assert (generation.moved, world.entry.get("s")) == (True, None)
+
+
+async def test_results_are_bounded(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "RESULT_EVENTS", 4)
+    for name in ("one", "two", "three"):
+        world.draw(await world.open(request(name)), 30, STOP)
+    assert [world.entry.get(name) is not None for name in ("one", "two", "three")] == [False, False, True]
+    world.now += module.RESULT_S + 1.0
+    world.draw(await world.open(request("four")), STOP)
+    assert world.entry.get("three") is None
