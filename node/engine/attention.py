@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from node.lazy import transformers
+
 if TYPE_CHECKING:
     from node.engine.batch import Batch
 
@@ -77,8 +79,7 @@ def _attention(
 
 def register() -> None:
     """Make the packed attention known to transformers under ``NAME``."""
-    from transformers import AttentionInterface
+    transformers().AttentionInterface.register(NAME, _attention)
     from transformers.masking_utils import AttentionMaskInterface
 
-    AttentionInterface.register(NAME, _attention)
     AttentionMaskInterface.register(NAME, _mask_rule)

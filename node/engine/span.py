@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from mesh.errors import ConfigError
+from node.lazy import transformers
 
 ONE_AT_A_TIME = threading.RLock()
 """transformers builds and loads models through process-wide settings (default dtype and device, patched initialisers,
@@ -86,10 +87,8 @@ def copy_scalars(source: nn.Module, target: nn.Module) -> None:
 def read_config(folder: Path) -> Any:
     """The model's configuration.  Raises ``ConfigError`` naming what is wrong with it."""
     _quiet()
-    from transformers import AutoConfig
-
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        config = transformers().AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{Path(folder).name}: config.json: {str(error).splitlines()[0]}") from error
     for each in (config, config.get_text_config(decoder=True)):
@@ -232,7 +231,5 @@ def _first_line(error: Exception) -> str:
 
 def _quiet() -> None:
     """transformers talks on stderr; what matters is raised."""
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
-    transformers.logging.set_verbosity(logging.CRITICAL)
+    transformers().utils.logging.disable_progress_bar()
+    transformers().logging.set_verbosity(logging.CRITICAL)

@@ -25,6 +25,7 @@ import msgspec
 
 from mesh.errors import ConfigError, RequestError
 from mesh.types import ModelId
+from node.lazy import transformers
 
 LONG_TEXT = 16_384
 """Characters past which encoding leaves the event loop (about 5 ms of work)."""
@@ -133,10 +134,9 @@ class Tokenizer:
 
 def load_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer in a model folder.  ConfigError where there is none that can be used without its own code."""
-    from transformers import AutoTokenizer
-
+    auto_tokenizer = transformers().AutoTokenizer
     try:
-        hf = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        hf = auto_tokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # transformers raises whatever its parsers raise
         raise ConfigError(f"{folder}: no usable tokenizer: {error}") from error
     return Tokenizer(hf, eos_ids(folder, hf.eos_token_id))

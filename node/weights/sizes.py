@@ -15,6 +15,7 @@ from typing import Any
 from mesh.capacity import DTYPE_BYTES
 from mesh.errors import ConfigError
 from mesh.types import ModelId, ModelInfo
+from node.lazy import transformers
 from node.weights.manifest import ITEM_BYTES, Manifest, Tensor
 
 _NUMBERED = re.compile(r"(?P<prefix>(?:[^.]+\.)*?)(?P<index>\d+)\.")
@@ -83,7 +84,7 @@ def _text_config(folder: Path) -> Any:
     raw = read_config(folder)
     kind = raw["model_type"]
     _require_loadable(folder, raw)
-    from transformers import AutoConfig
+    auto_config = transformers().AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
@@ -92,7 +93,7 @@ def _text_config(folder: Path) -> Any:
             "transformers knows (code that comes with a model is never run)"
         )
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True).get_text_config()
+        return auto_config.from_pretrained(folder, trust_remote_code=False, local_files_only=True).get_text_config()
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ConfigError(f"{folder / 'config.json'} is not a configuration of kind {kind!r}: {error}") from None
 
