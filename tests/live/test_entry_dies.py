@@ -24,7 +24,8 @@ pytestmark = pytest.mark.live
 PROMPT = [(7 * i) % 253 + 3 for i in range(40)]
 GREEDY: dict[str, Any] = {"temperature": 0}
 SEEDED: dict[str, Any] = {"temperature": 1.0, "top_p": 0.95, "seed": 11}
-TOKENS = 48
+TOKENS = 240
+"""So many that a reader on a slow machine is not yet behind the end of them all when it strikes."""
 
 
 def asked(**params: Any) -> dict[str, Any]:
