@@ -72,16 +72,19 @@ class Progress:
     """By choice, the last event's id: what to ask the rest of the stream with."""
     texts: dict[int, str] = field(default_factory=dict)
     finished: set[int] = field(default_factory=set)
+    shown: bool = False
+    """Something besides text: a piece of a tool call, log-probabilities."""
     moves: int = 0
     """How often the stream broke off and was gone on with."""
 
     @property
     def begun(self) -> bool:
         """Whether the caller was shown anything that a new attempt could contradict."""
-        return any(self.texts.values()) or bool(self.finished)
+        return self.shown or any(self.texts.values()) or bool(self.finished)
 
     def note(self, piece: Piece) -> None:
         self.texts[piece.index] = self.texts.get(piece.index, "") + piece.text
+        self.shown = self.shown or bool(piece.tool_calls or piece.logprobs)
         if piece.event_id and piece.usage is None:
             self.event_ids[piece.index] = piece.event_id
         if piece.finish_reason is not None:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from mesh.core import Effect, Emit, Send
+from mesh.core import Effect, Emit, Rejected, Send
 from mesh.errors import CapacityError, Leaving, MeshError, NoRoute, RequestError, SessionLost
 from mesh.pipeline import events as core
 from mesh.pipeline import messages as m
@@ -56,6 +56,8 @@ class LiveGeneration:
         self.cached_tokens = 0
         self.moved = False
         """Another node owns it now: the log here is as far as this one came."""
+        self.answers = True
+        """Has ended with something to read, if it has ended."""
         self._entry = entry
         self._log: list[Event | MeshError] = []
         self._grew = asyncio.Event()
@@ -83,7 +85,7 @@ class LiveGeneration:
 
     async def opened(self) -> None:
         """Until every hop has room.  Raises what the API answers when one has none."""
-        await self._opened
+        await asyncio.shield(self._opened)
 
     def __aiter__(self) -> AsyncIterator[Event]:
         return self.events(0)
@@ -186,7 +188,7 @@ class LiveGeneration:
             why = entry.missing if entry and entry.missing else str(error)
             self.step(self.session.unroutable(why, now))
         else:
-            exact, witness = self._entry.exactness(route), self._entry.witness(self.session.id, route, ask.exclude)
+            exact, witness = self._entry.exactness(route), self._entry.witness(self.request, route, ask.exclude)
             self.step(self.session.follow(route, self._entry.view().placement_id, now, exact, witness))
 
     def _score(self, event: core.PromptScored) -> None:
@@ -200,6 +202,8 @@ class LiveGeneration:
 
     def _on_end(self, event: core.Ended | core.Failed) -> None:
         last = _last_of(event)
+        # Under its key it can be asked for again: a refusal is no answer, and neither is half of one.
+        self.answers = self._opened.done() and last != EndEvent("cancelled")
         if not self._opened.done():
             cancelled = RequestError("the session was cancelled", code="cancelled", status=409)
             self._opened.set_exception(last if isinstance(last, MeshError) else cancelled)
@@ -285,6 +289,8 @@ class Entry:
 
     async def open(self, request: GenerationRequest) -> LiveGeneration:
         """Open the session at every hop.  CapacityError, NoRoute: certainly nothing was started."""
+        if request.session in self._sessions:
+            return await self._join(self._sessions[request.session])
         session = Session(request.session, self.me, _journal(request), self._rng, self.clock())
         generation = self._sessions[request.session] = LiveGeneration(self, request, session)
         try:
@@ -295,11 +301,25 @@ class Entry:
             raise
         return generation
 
+    @staticmethod
+    async def _join(generation: LiveGeneration) -> LiveGeneration:
+        """One reader more: the request was repeated under its key while the first still waited to be admitted."""
+        generation.attach()
+        try:
+            await generation.opened()
+        except asyncio.CancelledError:
+            await generation.cancel("disconnected")
+            raise
+        return generation
+
     def adopt(self, found: Adopt) -> None:
         """The owner of a session whose journal is held here is lost: go on with it, for whoever comes to read."""
         if found.session in self._sessions:
             return
-        request = msgspec.msgpack.decode(found.request.form, type=GenerationRequest)
+        try:
+            request = msgspec.msgpack.decode(found.request.form, type=GenerationRequest)
+        except msgspec.DecodeError:  # of another version, or made to harm: no other session may pay for it
+            return self.on_event(Rejected(found.epoch[1], "opened a session in a form that is not known here"))
         self._forget_result(found.session)
         session = Session.adopt(found, self.me, self._rng, self.clock())
         generation = LiveGeneration(self, request, session, adopted=True)
@@ -354,8 +374,9 @@ class Entry:
         name, now = generation.session.id, self.clock()
         if self._sessions.get(name) is generation:
             del self._sessions[name]
-            self._ended[name] = (now, generation)
-            self._result_events += generation.size
+            self._forget_result(name)
+            self._ended[name] = (now, generation if generation.answers else None)
+            self._result_events += generation.size if generation.answers else 0
         for old, (when, kept) in list(self._ended.items()):
             if now - when > RESULT_S:
                 self._forget_result(old)
@@ -390,12 +411,14 @@ class Entry:
             ),
         )
 
-    def witness(self, session: m.SessionId, route: Route, exclude: tuple[NodeId, ...]) -> NodeId | None:
+    def witness(self, request: GenerationRequest, route: Route, exclude: tuple[NodeId, ...]) -> NodeId | None:
         """Who shall hold the journal besides this node, where that is all ends of ``route``: not always the same."""
         if not needs_witness(route, self.me):
             return None
-        others = [x.id for x in self.view().live() if x.id != self.me and x.id not in exclude]
-        return max(others, key=lambda node: hashlib.sha256(f"{session}{node}".encode()).digest(), default=None)
+        allowed = set(request.allowed_nodes)
+        others = [x for x in self.view().live() if x.id != self.me and x.id not in exclude]
+        fit = [x.id for x in others if not allowed or x.id in allowed or x.profile.name in allowed]
+        return max(fit, key=lambda node: hashlib.sha256(f"{request.session}{node}".encode()).digest(), default=None)
 
     def _hardware(self, keep: tuple[Hop, ...]) -> str:
         """A substitute of the surviving hops' hardware class replays to the same bits."""

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import msgspec
-from aiohttp import ClientError, web
+from aiohttp import ClientError, StreamReader, web
 
 from mesh.errors import MeshError, PeerError, PeerUnreachable, SessionLost
 from mesh.types import NodeId
@@ -29,6 +29,7 @@ FIND_S = 8.0
 FIND_EVERY_S = 0.1
 MAX_FRAME = 4 << 20
 KEEPALIVE_S = 5.0
+SILENT_S = 2 * KEEPALIVE_S
 
 
 class Facts(msgspec.Struct, frozen=True, tag=True):
@@ -149,11 +150,7 @@ class Relay:
         try:
             async with self._peers.get(node, f"/peer/sessions/{session}?tokens={tokens}", {}) as response:
                 while True:
-                    size = int.from_bytes(await response.content.readexactly(4), "big")
-                    if size > MAX_FRAME:
-                        raise PeerError("a frame of a session is too large")
-                    async with asyncio.timeout(4 * KEEPALIVE_S):
-                        yield _decode(await response.content.readexactly(size))
+                    yield await _read_frame(response.content)
         except asyncio.IncompleteReadError:
             return
         except (ClientError, OSError, TimeoutError) as error:
@@ -249,6 +246,15 @@ class Reading:
         if mine is not None:
             mine.attach()
             self._local = mine
+
+
+async def _read_frame(content: StreamReader) -> Frame:
+    """The next frame.  ``TimeoutError``: the owner is frozen or cut off, or it would have said that it lives."""
+    async with asyncio.timeout(SILENT_S):
+        size = int.from_bytes(await content.readexactly(4), "big")
+        if size > MAX_FRAME:
+            raise PeerError("a frame of a session is too large")
+        return _decode(await content.readexactly(size))
 
 
 def _step(event: Event) -> Step:

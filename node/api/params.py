@@ -86,9 +86,8 @@ def check_ranges(body: GenerationBody) -> None:
     for name, (low, high) in RANGES.items():
         value = getattr(body, name)
         if value is not None and not low <= value <= high:
-            raise RequestError(
-                f"{name} must be from {low:g} to {high:g}, not {value:g}", param=name, code="out_of_range"
-            )
+            given = f"{value:g}" if isinstance(value, float) else str(value)[:40]
+            raise RequestError(f"{name} must be from {low:g} to {high:g}, not {given}", param=name, code="out_of_range")
     if body.best_of is not None and body.best_of != (body.n or 1):
         raise RequestError("best_of is not supported", param="best_of", code="unsupported_parameter")
     if body.stream_options is not None and not body.stream:

@@ -88,21 +88,43 @@ def _json(schema: dict[str, Any]) -> str:
     try:
         return "%json " + msgspec.json.encode({**schema, "x-guidance": {"whitespace_pattern": WHITESPACE}}).decode()
     except RecursionError as error:
-        raise RequestError("the schema is nested too deeply", code="invalid_schema") from error
+        raise _too_deep() from error
+
+
+def _too_deep() -> RequestError:
+    return RequestError("the schema is nested too deeply", code="invalid_schema")
 
 
 def _call(functions: list[_Function]) -> str:
     """One call of one of ``functions``."""
-    calls = [
-        {
-            "type": "object",
-            "properties": {"name": {"const": function.name}, "arguments": function.schema},
-            "required": ["name", "arguments"],
-            "additionalProperties": False,
-        }
-        for function in functions
-    ]
+    calls = []
+    for number, function in enumerate(functions):
+        at = ("" if len(functions) == 1 else f"/anyOf/{number}") + "/properties/arguments"
+        try:
+            arguments = _moved(function.schema, at)
+        except RecursionError as error:
+            raise _too_deep() from error
+        calls.append(
+            {
+                "type": "object",
+                "properties": {"name": {"const": function.name}, "arguments": arguments},
+                "required": ["name", "arguments"],
+                "additionalProperties": False,
+            }
+        )
     return _json(calls[0] if len(calls) == 1 else {"anyOf": calls})
+
+
+def _moved(schema: Any, at: str) -> Any:
+    """``schema`` as it reads at ``at`` of another: its references are from the root."""
+    if isinstance(schema, list):
+        return [_moved(each, at) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    moved = {name: _moved(value, at) for name, value in schema.items()}
+    if isinstance(schema.get("$ref"), str) and schema["$ref"].startswith("#"):
+        moved["$ref"] = f"#{at}{schema['$ref'][1:]}"
+    return moved
 
 
 def _free_text_and_calls(functions: list[_Function]) -> str:
@@ -113,9 +135,10 @@ def _free_text_and_calls(functions: list[_Function]) -> str:
 
 async def _checked(grammar: str, param: str, check: Check) -> str:
     """``grammar``, once it is known that the model can be held to it."""
-    if len(grammar) > MAX_GRAMMAR_BYTES:
+    size = len(grammar.encode())
+    if size > MAX_GRAMMAR_BYTES:
         raise RequestError(
-            f"the schema takes {len(grammar)} bytes, of at most {MAX_GRAMMAR_BYTES}", param=param, code="invalid_schema"
+            f"the schema takes {size} bytes, of at most {MAX_GRAMMAR_BYTES}", param=param, code="invalid_schema"
         )
     try:
         await check(grammar)
@@ -172,7 +195,7 @@ def _functions(tools: list[dict[str, Any]]) -> list[_Function]:
         parameters = function.get("parameters")
         if parameters is not None and not isinstance(parameters, dict):
             raise _bad_tool(at, "function.parameters must be a JSON schema")
-        # What a call passes is an object, whatever else the schema says.
+        # What a call passes is an object, where the schema does not say so itself.
         schema = {"type": "object", **(parameters or {})}
         found[name] = _Function(name, schema, function.get("strict") is True, f"tools[{at}].function.parameters")
     return list(found.values())

@@ -35,7 +35,7 @@ def make_exact(shard: Shard, start: int, end: int, threads: int) -> bool:
     """
     before = shard.multiple
     for rule in RULES:
-        shard.multiple = math.lcm(shard.least_multiple, rule)
+        shard.multiple = math.lcm(before, shard.least_multiple, rule)  # layers tested earlier keep their rule
         if all(_layer_is_exact(shard, layer, threads) for layer in _one_of_each_kind(shard, start, end)):
             return True
     shard.multiple = before

@@ -50,7 +50,7 @@ class Extent:
 
     @property
     def bytes(self) -> int:
-        return sum(t.nbytes for group in (self._keys, self._values) for t in group.values())
+        return sum(t.nbytes for group in (self._keys, self._values) for t in list(group.values()))
 
     def _empty(self, like: torch.Tensor) -> torch.Tensor:
         return like.new_empty(self._room, self.width, *like.shape[1:])
@@ -94,7 +94,7 @@ class KvCache:
 
     @property
     def bytes(self) -> int:
-        return sum(extent.bytes for extent in self._extents.values())
+        return sum(extent.bytes for extent in list(self._extents.values()))
 
     @property
     def sequences(self) -> int:

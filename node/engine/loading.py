@@ -35,7 +35,12 @@ class Prepared(msgspec.Struct, frozen=True):
 def prepare(folder: Path, part: Part, dtype: str, exactness: str, threads: int) -> Prepared:
     """Load ``part`` from ``folder``.  Raises ``ConfigError`` naming the model's kind and why it cannot serve."""
     with ONE_AT_A_TIME:
-        return _prepare(folder, part, dtype, exactness, threads)
+        try:
+            return _prepare(folder, part, dtype, exactness, threads)
+        except (ConfigError, AssertionError):
+            raise
+        except Exception as error:  # a model's code is its authors': whatever it raises, this node cannot serve it
+            raise ConfigError(f"{Path(folder).name} cannot be loaded: {type(error).__name__}: {error}") from error
 
 
 def _prepare(folder: Path, part: Part, dtype: str, exactness: str, threads: int) -> Prepared:

@@ -537,3 +537,47 @@ async def test_results_are_bounded(world: World, monkeypatch: pytest.MonkeyPatch
     world.now += module.RESULT_S + 1.0
     world.draw(await world.open(request("four")), STOP)
     assert world.entry.get("three") is None
+
+
+async def test_a_form_of_another_version_is_rejected_and_costs_nobody_else_anything(world: World) -> None:
+    found = adoption()
+    world.entry.adopt(msgspec.structs.replace(found, request=msgspec.structs.replace(found.request, form=b"")))
+    assert world.entry.sessions() == []
+    assert [type(event) for event in world.events] == [Rejected]
+
+
+async def test_a_repeat_while_the_first_still_opens_reads_the_same_session(world: World) -> None:
+    first = asyncio.create_task(world.entry.open(request()))
+    await asyncio.sleep(0)
+    second = asyncio.create_task(world.entry.open(request()))
+    third = asyncio.create_task(world.entry.open(request()))
+    await asyncio.sleep(0)
+    third.cancel()
+    await asyncio.wait({third})
+    world.answer_opens()
+    assert await first is await second
+    world.draw(await first, STOP)
+    assert await rest(await second) == await rest(await first)
+
+
+async def test_a_refusal_is_no_answer_to_keep_under_the_key(world: World) -> None:
+    opening = asyncio.create_task(world.entry.open(request()))
+    await asyncio.sleep(0)
+    for _ in range(request().max_retries + 1):
+        if world.entry.get("s") is not None and any(isinstance(send.message, m.Open) for send in world.posted):
+            world.refuse(0, "busy")
+    with pytest.raises(MeshError):
+        await opening
+    assert world.entry.get("s") is None
+    generation = await world.open()
+    world.draw(generation, STOP)
+    assert world.entry.get("s") is generation
+
+
+async def test_the_witness_is_a_node_that_the_request_allows() -> None:
+    world = World(member("me", (0, 8)), *(member(name, (0, 8)) for name in ("a", "b", "c")))
+    alone = Route("m", (Hop("me", 0, 8),))
+    for number in range(8):
+        asked = request(f"s{number}", allowed_nodes=("me", "b"))
+        assert world.entry.witness(asked, alone, ()) == "b"
+        assert world.entry.witness(asked, alone, ("b",)) is None

@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mesh.errors import RequestError
+from node.api import structured
 from node.text.grammar import Allowed, DeadEnd, Vocabularies, Vocabulary
 from node.text.tokenizer import Tokenizer, load_tokenizer
 from tests.fakes import make_tokenizer
@@ -205,6 +206,36 @@ def test_a_text_that_the_vocabulary_cannot_spell_is_a_dead_end(small: Tokenizer)
 
 def _pieces(tokenizer: Tokenizer) -> set[bytes]:
     return {tokenizer.token_bytes(t) for t in range(tokenizer.size) if t not in tokenizer.special_ids}
+
+
+# -- a tool's schema inside that of a call -----------------------------------------------------------------------------
+
+NODE = {"type": "object", "properties": {"v": {"type": "integer"}, "kids": {"type": "array", "items": {"$ref": "#"}}}}
+NAMED = {"$defs": {"A": {"enum": ["red"]}}, "type": "object", "properties": {"a": {"$ref": "#/$defs/A"}}}
+
+
+@pytest.mark.parametrize("others", [0, 1])
+@pytest.mark.parametrize(
+    ("parameters", "right", "wrong"),
+    [
+        (NODE, '{"v": 1, "kids": [{"v": 2, "kids": []}]}', '{"v": 1, "kids": [{"name"'),
+        (NAMED, '{"a": "red"}', '{"a": "blue"'),
+    ],
+)
+def test_references_of_a_tools_schema_stay_within_it(
+    demo: tuple[Tokenizer, Vocabulary], parameters: dict[str, Any], right: str, wrong: str, others: int
+) -> None:
+    tokenizer, vocabulary = demo
+    strict = msgspec.to_builtins([NODE, parameters][1 - others :])
+    tools = [
+        structured._Function(f"f{at}", {**p, "additionalProperties": False}, True, "") for at, p in enumerate(strict)
+    ]
+    allowed = vocabulary.start(structured._grammar(structured._call(tools)))
+    head = f'{{"name": "f{others}", "arguments": '
+    text = tokenizer.encode(f"{head}{right}}}", special=False)
+    assert bits(allowed.after(text)) == set(tokenizer.eos_ids)
+    with pytest.raises(DeadEnd):
+        allowed.after(tokenizer.encode(head + wrong, special=False))
 
 
 # -- what cannot be enforced -------------------------------------------------------------------------------------------
