@@ -228,12 +228,20 @@ def _cuts(n_layers: int, count: int) -> list[tuple[int, ...]]:
 
 
 def test_a_large_mesh_is_routed_at_once() -> None:
+    """Twice the members cost four times the work, or little more: not the number of ways through them."""
+    assert processor_s(100) < 12 * processor_s(50)
+
+
+def processor_s(members: int) -> float:
     rng = random.Random(2)
-    members = []
-    for i in range(100):
+    holders = []
+    for i in range(members):
         start = rng.randrange(70)
-        members.append(member(f"n{i:03}", (start, start + rng.randint(5, 10)), rtt_ms=rng.uniform(0, 3)))
-    mesh = view(*members, member("z", (75, 80)), member("y", (0, 5)), offered=model(80, 1000, 0, 0, hidden=0))
-    started = time.process_time()
-    ask(mesh)
-    assert time.process_time() - started < 0.3
+        holders.append(member(f"n{i:03}", (start, start + rng.randint(5, 10)), rtt_ms=rng.uniform(0, 3)))
+    mesh = view(*holders, member("z", (70, 80)), member("y", (0, 5)), offered=model(80, 1000, 0, 0, hidden=0))
+    taken = []
+    for _ in range(3):
+        started = time.process_time()
+        ask(mesh)
+        taken.append(time.process_time() - started)
+    return min(taken)

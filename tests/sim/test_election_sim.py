@@ -46,6 +46,11 @@ def test_timed_schedules_keep_every_property_and_recover() -> None:
     assert done["commits"] > 10 * TIMED_SCHEDULES
 
 
+def test_a_leader_that_the_last_fault_deposes_after_its_end_is_replaced() -> None:
+    """Two schedules that lose 60 % until their end: the leader steps down after it, for the answers lost before."""
+    assert [play(seed).checker.counts["elections"] for seed in (1010104, 1011420)] == [2, 2]
+
+
 def traced(seed: int) -> ElectionWorld:
     world = drawn(seed, 10.0)
     world.run(until=10.0)
