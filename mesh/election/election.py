@@ -124,6 +124,7 @@ class Election(State):
         """R8: the connection to ``node`` was reset and could not be made again, or gossip confirmed it dead or left."""
         self._post.lost(node)
         if node == self._leader and self._role == "follower":
+            self._lost = node, now
             self._set_leader(None)
             if self.is_voter:
                 self._deadline = now + self._rng.uniform(0.0, self._config.forget_jitter_s)
@@ -596,6 +597,9 @@ class Election(State):
         if isinstance(inner, str) or why:
             self._emit(Rejected(sender, why))
             return
+        lost, at = self._lost
+        if isinstance(inner, m.Append) and message.origin == lost and now < at + self._config.heartbeat_s:
+            return  # said before the loss was seen here: the voters would wait for a dead leader once more
         self._post.heard(message.origin, sender)
         self._dispatch(inner, message.origin, now)
 

@@ -53,6 +53,7 @@ class State:
         self._role: Role = "follower"
         self._leader: NodeId | None = None
         self._heard_leader = NEVER
+        self._lost: tuple[NodeId | None, float] = None, NEVER
         self._local_health = 0
         self._attempts, self._round_opened, self._round_ends = 0, NEVER, 0.0
         self._ballot = Ballot((), self.me)

@@ -7,6 +7,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import msgspec
+
 from mesh.core import Emit, Persist, Send
 from mesh.election import messages as m
 from mesh.election.config import ElectionConfig, lan
@@ -88,6 +90,11 @@ def append(
 
 def appended(term: int, rid: tuple[int, int], sent_at: float = START) -> m.Appended:
     return m.Appended(MESH, EPOCH, term, record_id=RecordId(*rid), sent_at=sent_at)
+
+
+def relayed(inner: Any, origin: str = "c", to: str = "a", signature: bytes | None = None) -> m.Relayed:
+    message = m.Relayed(MESH, EPOCH, 2, origin=origin, to=to, payload=m.encode(inner), signature=b"")
+    return msgspec.structs.replace(message, signature=origin.encode() if signature is None else signature)
 
 
 def candidate(name: str = "a", now: float = START + 3.0, **state: Any) -> tuple[Election, float]:

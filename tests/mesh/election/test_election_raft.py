@@ -461,6 +461,19 @@ def test_forget_leader_campaigns_within_its_jitter_and_raises_no_term() -> None:
     assert it.leader == "a"
 
 
+def test_what_a_neighbour_still_carries_from_a_lost_leader_is_old() -> None:
+    """Its last Append, on the way through c, would have b wait for a whole time-out and refuse its vote meanwhile."""
+    mesh = Lab()
+    mesh.elect("a")
+    it, held = mesh.cores["b"], mesh.cores["b"].record
+    said = lab.relayed(lab.append(2, held, (held.id.term, held.id.version), whole=False), origin="a", to="b")
+    it.note_lost("a", mesh.now)
+    assert it.receive(said, "c", mesh.now + 0.1) == []
+    assert it.leader is None
+    it.receive(said, "c", mesh.now + LAN.heartbeat_s)  # it is heard again: it lives, and only the link is gone
+    assert it.leader == "a"
+
+
 def test_losing_another_than_the_leader_means_nothing() -> None:
     mesh = Lab()
     mesh.elect("a")

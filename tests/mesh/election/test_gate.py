@@ -128,21 +128,16 @@ def test_every_message_survives_its_encoding(message: m.Message) -> None:
 # ---------------------------------------------------------------- relays
 
 
-def relayed(inner: Any, origin: str = "c", to: str = "a", signature: bytes | None = None) -> m.Relayed:
-    message = m.Relayed(MESH, EPOCH, 2, origin=origin, to=to, payload=m.encode(inner), signature=b"")
-    return msgspec.structs.replace(message, signature=origin.encode() if signature is None else signature)
-
-
 def test_a_relayed_request_is_answered_both_ways() -> None:
     mesh = Lab()
-    effects = mesh.cores["a"].receive(relayed(lab.ask_vote(2)), "b", mesh.now)
+    effects = mesh.cores["a"].receive(lab.relayed(lab.ask_vote(2)), "b", mesh.now)
     assert [to for to, _ in lab.sent(effects, m.Voted)] == ["c"]
     assert [(to, msg.to) for to, msg in lab.sent(effects, m.Relayed)] == [("b", "c")]
 
 
 def test_a_carrier_passes_on_once_and_only_for_its_origin() -> None:
     mesh = Lab()
-    packed = relayed(lab.ask_vote(2), to="b")
+    packed = lab.relayed(lab.ask_vote(2), to="b")
     assert lab.sent(mesh.cores["a"].receive(packed, "c", mesh.now)) == [("b", packed)]
     assert mesh.cores["a"].receive(packed, "b", mesh.now) == []
 
@@ -150,11 +145,11 @@ def test_a_carrier_passes_on_once_and_only_for_its_origin() -> None:
 @pytest.mark.parametrize(
     "packed",
     [
-        relayed(lab.ask_vote(2), signature=b"forged"),
-        relayed(msgspec.structs.replace(lab.ask_vote(2), mesh="22" * 16)),
-        relayed(relayed(lab.ask_vote(2))),
-        relayed(m.Announce(MESH, EPOCH, 9, record=GOOD, leader=None)),
-        msgspec.structs.replace(relayed(lab.ask_vote(2)), payload=b"\xc1garbage"),
+        lab.relayed(lab.ask_vote(2), signature=b"forged"),
+        lab.relayed(msgspec.structs.replace(lab.ask_vote(2), mesh="22" * 16)),
+        lab.relayed(lab.relayed(lab.ask_vote(2))),
+        lab.relayed(m.Announce(MESH, EPOCH, 9, record=GOOD, leader=None)),
+        msgspec.structs.replace(lab.relayed(lab.ask_vote(2)), payload=b"\xc1garbage"),
     ],
 )
 def test_forged_foreign_nested_and_garbled_relays_are_rejected(packed: m.Relayed) -> None:
