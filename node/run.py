@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import sys
 
 import msgspec
 
@@ -24,10 +23,6 @@ from node.weights.offer import check_source
 def run(config: NodeConfig) -> int:
     """Run a node until it is told to leave; the exit status of the process."""
     setup_logging(config.log_format)
-    if sys.platform != "win32":
-        import uvloop
-
-        return uvloop.run(_main(config))
     return asyncio.run(_main(config))
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import os
-import re
 import ssl
 from typing import Any
 
@@ -30,22 +28,6 @@ CONNECT_S = 3.0
 ERRORS_BY_CODE: dict[str, type[MeshError]] = {
     kind.code: kind for kind in (CapacityError, NoRoute, StalePlacement, SessionLost, PeerUnreachable)
 }
-
-
-_POISONED = re.compile(r"File descriptor (\d+) is used by transport")
-
-
-def poisoned(address: str, error: RuntimeError) -> PeerUnreachable:
-    """uvloop forgot a connection that was given up in its handshake (uvloop #653): its descriptor's number can never be
-    dialled with again, and the system gives it to the next socket.  A duplicate takes the number out of use.
-
-    Raises ``error`` where it is anything else.
-    """
-    found = _POISONED.match(str(error))
-    if found is None:
-        raise error
-    fcntl.fcntl(0, fcntl.F_DUPFD_CLOEXEC, int(found[1]))
-    return unreachable(address, error)
 
 
 class Fault(msgspec.Struct, frozen=True):
@@ -98,8 +80,6 @@ async def post(
                 return body
     except (aiohttp.ClientError, OSError, TimeoutError, ssl.SSLError, ValueError) as error:
         raise unreachable(address, error) from error
-    except RuntimeError as error:
-        raise poisoned(address, error) from error
 
 
 async def read_bounded(content: aiohttp.StreamReader, limit: int) -> bytes:

@@ -14,7 +14,7 @@ import msgspec
 
 from mesh.errors import PeerUnreachable
 from mesh.types import NodeId
-from node.net.calls import MAX_RPC_BYTES, fault, new_session, poisoned, post, read_bounded, unreachable
+from node.net.calls import MAX_RPC_BYTES, fault, new_session, post, read_bounded, unreachable
 from node.net.frames import Buffer, Lane, encode
 from node.net.stream import CLOSE_S, OutLane, Pending, bounded
 from node.security.ca import node_name
@@ -124,8 +124,6 @@ class Links:
                         raise fault(response.status, await read_bounded(response.content, MAX_ERROR_BYTES))
         except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
             raise unreachable(address, error) from error
-        except RuntimeError as error:
-            raise poisoned(address, error) from error
         async with response:
             yield response
 
@@ -210,8 +208,6 @@ class _Link:
                 )
         except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
             raise unreachable(self.address, error) from error
-        except RuntimeError as error:
-            raise poisoned(self.address, error) from error
         _bound_silence(connection.get_extra_info("socket"))
         return connection
 

@@ -329,24 +329,3 @@ async def test_credit_that_nobody_owes_ends_the_socket(town: Any, grant: bytes) 
     server = await strange_door(b, overpay)
     a.send(b, "vote")
     assert await a.lost.get() == b.id
-
-
-async def test_a_descriptor_that_the_loop_lost_stops_nobody(town: Any, monkeypatch: Any) -> None:
-    """uvloop #653: the dial fails, the number goes out of use, and the next dial stands."""
-    import os
-
-    a, b = await town.member(), await town.member()
-    probe = os.dup(0)
-    os.close(probe)
-    dial = a.links._session.ws_connect
-
-    async def lost(*_: Any, **__: Any) -> Any:
-        monkeypatch.setattr(a.links._session, "ws_connect", dial)
-        raise RuntimeError(f"File descriptor {probe} is used by transport <TCPTransport>")
-
-    monkeypatch.setattr(a.links._session, "ws_connect", lost)
-    a.send(b, "vote")
-    assert "used by transport" in (await a.unreachable.get())[1]
-    os.fstat(probe)  # taken
-    a.send(b, "vote", b"again")
-    assert (await b.frames.get())[2] == b"again"
