@@ -6,8 +6,8 @@ or applied twice anywhere change all tokens that follow.
 
 from __future__ import annotations
 
-import hashlib
 import random
+import struct
 from collections import deque
 from typing import Any
 
@@ -23,23 +23,29 @@ from mesh.types import Hop, LayerSpan, Route, SamplingParams
 LAYERS = 6
 VOCABULARY = 97
 ROW = 8
+MASK = (1 << 64) - 1
 
 
-def _hash(*parts: bytes) -> bytes:
-    return hashlib.blake2b(b"|".join(parts), digest_size=ROW).digest()
+def _mix(*parts: int) -> int:
+    """64 bits that depend on every bit of every part: cheap, since a schedule asks for thousands."""
+    found = 0
+    for part in parts:
+        found = (found ^ part) * 0x9E3779B97F4A7C15 & MASK
+        found ^= found >> 29
+    return found
 
 
 class FakeKv:
     """One sequence's keys and values over layers [start, end): a running digest per layer and position."""
 
     def __init__(self, start: int, end: int) -> None:
-        self.layers = {layer: [b""] for layer in range(start, end)}
+        self.layers = {layer: [0] for layer in range(start, end)}
         self.length = 0
 
-    def apply(self, row: bytes) -> bytes:
+    def apply(self, row: int) -> int:
         for layer, digests in self.layers.items():
-            digests.append(_hash(digests[-1], row))
-            row = _hash(b"%d" % layer, row, digests[-1])
+            row = _mix(digests[-1], row, layer)
+            digests.append(row)
         self.length += 1
         return row
 
@@ -49,12 +55,12 @@ class FakeKv:
             del digests[self.length + 1 :]
 
 
-def embed(token: int) -> bytes:
-    return _hash(b"embed", b"%d" % token)
+def embed(token: int) -> int:
+    return _mix(token + 1)
 
 
-def draw(row: bytes, sampling: SamplingParams, position: int) -> int:
-    return int.from_bytes(_hash(row, b"%d/%d" % (sampling.seed, position)), "big") % VOCABULARY
+def draw(row: int, sampling: SamplingParams, position: int) -> int:
+    return _mix(row, sampling.seed, position) % VOCABULARY
 
 
 def oracle(request: m.SessionRequest) -> list[int]:
@@ -114,14 +120,12 @@ class FakeEngine:
         kv, ask = self.sequences[work.key]
         assert kv.length == work.start, "the engine is only given the next position"
         rows = (
-            [embed(token) for token in work.tokens[:n]]
-            if ask.start == 0
-            else [bytes(work.hidden[i * ROW : (i + 1) * ROW]) for i in range(n)]  # type: ignore[index]
+            [embed(token) for token in work.tokens[:n]] if ask.start == 0 else struct.unpack_from(f"{n}Q", work.hidden)  # type: ignore[arg-type]
         )
         out = [kv.apply(row) for row in rows]
         self.computed_positions += n
         if ask.end < LAYERS:
-            return t.Computed(work.key, work.tag, work.start, n, memoryview(b"".join(out)))
+            return t.Computed(work.key, work.tag, work.start, n, memoryview(struct.pack(f"{n}Q", *out)))
         token = None
         if work.sample and n == work.n:
             assert ask.sampling is not None
@@ -162,8 +166,13 @@ class Peer:
 
     @property
     def deadline(self) -> float | None:
-        timers = [self.stage.deadline, self.engine.due, *(x.deadline for x in self.sessions.values())]
-        return min((x for x in timers if x is not None), default=None)
+        first = self.stage.deadline
+        if (due := self.engine.due) is not None and (first is None or due < first):
+            first = due
+        for session in self.sessions.values():
+            if (due := session.deadline) is not None and (first is None or due < first):
+                first = due
+        return first
 
     def open(self, session: str, request: m.SessionRequest, now: float) -> list[Effect]:
         return self._own(session, self.session_type(session, self.me, request, self.rng, now), now)

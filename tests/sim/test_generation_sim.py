@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 
 import pytest
@@ -103,13 +104,29 @@ def test_full_hops_refuse_before_anything_is_computed() -> None:
 @pytest.mark.parametrize("block", range(10))
 def test_any_weather(block: int) -> None:
     """1,000 schedules of two to four faults over three sessions; ``scripts/simulate generation`` plays more."""
-    for seed in range(100 * block, 100 * block + 100):
-        play(seed)
+    thresholds = gc.get_threshold()
+    gc.set_threshold(100_000)  # worlds are cycles, and few of them live at once: a sixth of the time
+    try:
+        for seed in range(100 * block, 100 * block + 100):
+            play(seed)
+    finally:
+        gc.set_threshold(*thresholds)
 
 
 def test_an_end_that_died_with_its_node_before_it_was_read_is_no_hang() -> None:
-    """The owner ended and released a session, and was killed 25 ms later; another had yielded to it before."""
-    assert play(101432).lost == ["s0"]
+    """The owner ended and released a session, and was killed at once; another had yielded to it before."""
+    world = make_world(11, spans=LAYOUTS["pure entry"], step_s=0.05)
+    world.schedule([Fault(0.5, "partition", ("entry",)), Fault(4.0, "heal", ("entry",))])
+    weather = Weather(world, start(world, 1, max_tokens=60))
+
+    def winner() -> list[str]:
+        return [n.id for n in world.nodes.values() if n.up and isinstance(n.core.ends.get("s0"), e.Ended)]
+
+    assert world.run(100.0, stop=lambda: bool(winner()))
+    assert isinstance(world.core("entry").ends["s0"], e.Moved)
+    world.apply(Fault(world.now, "crash", tuple(winner())))
+    assert world.run(200.0, stop=lambda: weather.over)
+    assert weather.lost == ["s0"]
 
 
 # -- the owner dies ----------------------------------------------------------------------------------------------------
@@ -189,14 +206,14 @@ def test_the_owner_dies_between_the_last_token_and_the_end() -> None:
 @pytest.mark.parametrize(
     ("mistake", "seed"),
     [
-        (mutants.OlderEpochsObeyed, 78),
-        (mutants.NewerEpochsObeyed, 58),
+        (mutants.OlderEpochsObeyed, 20),
+        (mutants.NewerEpochsObeyed, 78),
         (mutants.OwnerNotInEpoch, 549),
         (mutants.Untrimmed, 4),
         (mutants.Shifted, 0),
         (mutants.Deaf, 0),
         (mutants.Hasty, 1),
-        (mutants.HeedlessClaim, 4),
+        (mutants.HeedlessClaim, 24),
     ],
 )
 def test_mistakes_are_seen(mistake: type, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
