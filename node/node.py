@@ -385,6 +385,9 @@ class Node:
         self.outlook.touch()
         if isinstance(event, gossip_events.MemberChanged):
             self._on_member(event)
+            self._tell_electorate()
+        elif isinstance(event, gossip_events.ProfileChanged) and not event.load_only:
+            self._tell_electorate()  # it may drain, or have returned and drain no more
         elif isinstance(event, gossip_events.Confirmed):
             self._on_confirmed(event.node, event.confirmations)
         elif isinstance(event, gossip_events.Departed):
@@ -401,6 +404,8 @@ class Node:
             self._on_lost(event.node, event.new)
             # Who has left said so itself; a death is believed with enough accusers (R8).
             self._on_confirmed(event.node, event.confirmations + 2 * (event.new == "left"))
+
+    def _tell_electorate(self) -> None:
         infos: tuple[MemberInfo, ...] = self.outlook.electorate(time.monotonic())
         self.peers.election.cast(lambda core, now: core.note_members(infos, now))
 

@@ -143,6 +143,21 @@ def test_a_coordinator_that_leaves_hands_over_first(mesh: Mesh) -> None:
     assert gone not in first(said, lambda one: one["states"][gone] == "left")["voters"]
 
 
+def test_who_left_and_is_back_may_vote_again() -> None:
+    """Of three that is one vote in three: without it nobody follows the coordinator that is left."""
+    trio = Mesh(3)
+    try:
+        trio.start(3)
+        trio.until(lambda: trio.agree(voters=3), "three voters")
+        leaver = trio.coordinator()
+        assert command("leave", "--data-dir", str(leaver.folder)).returncode == 0
+        trio.until(lambda: not leaver.running and trio.agree(voters=1), "two nodes, of which one votes")
+        leaver.start()
+        trio.until(lambda: trio.agree(voters=3), "three voters again")
+    finally:
+        trio.local.stop()
+
+
 def test_a_voter_that_leaves_is_replaced_first(mesh: Mesh) -> None:
     leader, leaver, *_ = mesh.voters()
     gone = identity(leaver)
