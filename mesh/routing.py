@@ -52,7 +52,7 @@ class RouteRequest(msgspec.Struct, frozen=True, kw_only=True):
     hardware: str = ""
     """Prefer nodes of this hardware class that replay exactly; empty: no preference."""
     prefix: str = ""
-    """Hash of the prompt's beginning, for ``prefix_affinity``."""
+    """Names the prompt's beginning, for ``prefix_affinity``."""
     outstanding: Mapping[NodeId, int] = {}
     """Sessions that this node has running at each node, fresher than any profile."""
 

@@ -22,6 +22,7 @@ from mesh.errors import CapacityError, Leaving, MeshError, NoRoute, RequestError
 from mesh.pipeline import events as core
 from mesh.pipeline import messages as m
 from mesh.pipeline.journal import Adopt, disclaim, needs_witness
+from mesh.pipeline.prefix import PAGE
 from mesh.pipeline.session import Session
 from mesh.routing import RouteRequest, find_route
 from mesh.types import Hop, NodeId, Route
@@ -53,7 +54,6 @@ class LiveGeneration:
         self.request = request
         self.session = session
         self.adopted = adopted
-        self.cached_tokens = 0
         self.moved = False
         """Another node owns it now: the log here is as far as this one came."""
         self.answers = True
@@ -77,6 +77,11 @@ class LiveGeneration:
     @property
     def recoveries(self) -> tuple[Recovery, ...]:
         return tuple(_shown(trace) for trace in self.session.recoveries)
+
+    @property
+    def cached_tokens(self) -> int:
+        """Positions of the prompt that no hop had to compute."""
+        return min(self.session.shared, len(self.request.prompt))
 
     @property
     def size(self) -> int:
@@ -406,6 +411,7 @@ class Entry:
                 exclude=ask.exclude,
                 keep=ask.keep,
                 seed=self._routed,
+                prefix=" ".join(map(str, (request.caller, *request.prompt[:PAGE]))),
                 hardware=self._hardware(ask.keep),
                 outstanding=dict(outstanding),
             ),
@@ -451,4 +457,5 @@ def _journal(request: GenerationRequest) -> m.SessionRequest:
         allowed_nodes=request.allowed_nodes,
         prompt_logprobs=request.prompt_logprobs >= 0,
         form=msgspec.msgpack.encode(request),
+        sharer=request.caller,  # how soon an answer comes tells nothing of what others asked
     )

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import time
-from collections import Counter
 from typing import TYPE_CHECKING
 
 import msgspec
+from prometheus_client import Counter
 
 from mesh.types import NodeId, NodeProfile
 from node.boot import remember_peers
@@ -29,6 +30,8 @@ class Presence:
     def __init__(self, node: Node) -> None:
         self._node = node
         self._log = get_logger("presence")
+        self._counted: dict[Counter, int] = {}
+        """What /metrics was told of figures that are counted elsewhere."""
 
     def profile(self) -> NodeProfile:
         """This node's row, as of now."""
@@ -66,11 +69,20 @@ class Presence:
         """Gauges for /metrics."""
         node, telemetry = self._node, self._node.telemetry
         stats = node.engine.stats()
-        telemetry.checkpoint_bytes.set(node.stage.core.checkpoint_bytes)
+        pages = node.stage.core.pages
+        telemetry.checkpoint_bytes.set(node.stage.core.held_bytes)
+        telemetry.prefix_bytes.set(stats.shared_bytes + pages.row_bytes)
+        self._count(telemetry.prefix_queries, pages.looked_up)
+        self._count(telemetry.prefix_hits, pages.found)
+        self._count(telemetry.rows, stats.rows)
         telemetry.kv_usage.set(stats.used_bytes / node.machine.kv_bytes if node.machine.kv_bytes else 0.0)
-        states = Counter(member.state for member in node.view.members)
+        states = collections.Counter(member.state for member in node.view.members)
         for state in ("alive", "suspect", "dead", "left"):
             telemetry.members.labels(state).set(states[state])
+
+    def _count(self, counter: Counter, total: int) -> None:
+        counter.inc(total - self._counted.get(counter, 0))
+        self._counted[counter] = total
 
     async def remember(self) -> None:
         """Until cancelled: where the others are, for a restart; and how long the certificate is good for."""

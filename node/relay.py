@@ -183,7 +183,6 @@ class Reading:
 
     def __init__(self, relay: Relay, request: GenerationRequest, local: LiveGeneration | None, route: str = "") -> None:
         self.request = request
-        self.cached_tokens = 0
         self._relay, self._local, self._route = relay, local, route
         self._told: tuple[Recovery, ...] = ()
         """What owners before this one, or a remote one, had to recover from."""
@@ -192,6 +191,10 @@ class Reading:
     @property
     def route(self) -> str:
         return self._local.route if self._local is not None else self._route
+
+    @property
+    def cached_tokens(self) -> int:
+        return self._local.cached_tokens if self._local is not None else 0
 
     @property
     def recoveries(self) -> tuple[Recovery, ...]:

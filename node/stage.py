@@ -11,7 +11,7 @@ from mesh.core import Effect, Emit, Send
 from mesh.errors import CapacityError, MeshError
 from mesh.pipeline import messages as m
 from mesh.pipeline import stage as core
-from mesh.pipeline.work import Compute, Computed, Free, Reserve, Truncate
+from mesh.pipeline.work import Compute, Computed, DropPages, Free, KeepPages, Reserve, TakePages, Truncate
 from mesh.types import LayerSpan, ModelId, NodeId
 from node.driver import Alarm
 from node.engine.sequence import Result, SequenceSpec, Work
@@ -49,6 +49,9 @@ class StageService:
             Compute: self._compute,
             Truncate: self._truncate,
             Free: self._free,
+            KeepPages: self._keep_pages,
+            TakePages: self._take_pages,
+            DropPages: self._drop_pages,
         }
         self._pending: dict[str, _Pending] = {}
         self._parked: deque[Received] = deque()
@@ -82,7 +85,7 @@ class StageService:
         return sum(pending.bytes for pending in self._pending.values())
 
     def set_spans(self, spans: Sequence[LayerSpan]) -> None:
-        self.core.set_spans(spans)
+        self._perform(self.core.set_spans(spans))
 
     def activate(self, placement_id: m.PlacementId) -> None:
         self.core.activate(placement_id)
@@ -128,7 +131,8 @@ class StageService:
             return self.core.refused(ask.key, "busy", str(error), error.retry_after_s or 1.0)
         except MeshError as error:
             return self.core.refused(ask.key, "not_held", str(error), 0.5)
-        return self.core.reserved(ask.key, now)
+        page_bytes = self._engine.page_bytes(ask.key, self.core.config.page)
+        return [*self.core.reserved(ask.key, now, page_bytes), *self.core.evict(self._engine.excess)]
 
     def _compute(self, work: Compute) -> list[Effect]:
         if work.hidden is not None:
@@ -153,6 +157,18 @@ class StageService:
         self._engine.truncate(event.key, event.length)
         return []
 
+    def _keep_pages(self, event: KeepPages) -> list[Effect]:
+        self._engine.keep_pages(event.key, event.size, event.pages)
+        return self.core.evict(self._engine.excess)
+
+    def _take_pages(self, event: TakePages) -> list[Effect]:
+        self._engine.take_pages(event.key, event.size, event.pages)
+        return []
+
+    def _drop_pages(self, event: DropPages) -> list[Effect]:
+        self._engine.drop_pages(event.pages)
+        return []
+
     def _free(self, event: Free) -> list[Effect]:
         self._pending.pop(event.key, None)
         self._engine.close(event.key)
@@ -173,4 +189,5 @@ def _computed(result: Result) -> Computed:
         prompt_logprobs=result.prompt_logprobs,
         error=result.error,
         final=result.final,
+        rewound=result.rewound,
     )

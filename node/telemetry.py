@@ -57,6 +57,8 @@ class Telemetry:
         self.preemptions = self._counter("num_preemptions_total", "Sessions paused to make room")
         self.prefix_queries = self._counter("prefix_cache_queries_total", "Tokens looked up in the prefix cache")
         self.prefix_hits = self._counter("prefix_cache_hits_total", "Tokens found in the prefix cache")
+        self.prefix_bytes = self._gauge("prefix_cache_bytes", "Shared pages held, with their checkpointed activations")
+        self.rows = self._counter("engine_rows_total", "Positions computed by this node's layers")
         self.checkpoint_bytes = self._gauge("checkpoint_bytes", "Checkpointed activations held")
 
     def _mesh(self) -> None:

@@ -39,7 +39,9 @@ class Streams:
         await engine.load(info, folder, LayerSpan(info.id, 0, info.n_layers))
         return cls(engine, info)
 
-    def start(self, key: str, tokens: tuple[int, ...], draws: int) -> None:
+    def start(self, key: str, tokens: tuple[int, ...], draws: int, pages: tuple[int, ...] = ()) -> None:
+        """``pages``: numbers of kept ones that the prompt begins with."""
+        from mesh.pipeline.prefix import PAGE
         from mesh.types import SamplingParams
         from node.engine.sequence import SequenceSpec, Work
 
@@ -56,7 +58,11 @@ class Streams:
             max_positions=room,
         )
         self.engine.open(spec)
-        self.engine.submit(Work(key=key, tag=0, start=0, n=len(tokens), tokens=tokens, sample=True))
+        if pages:
+            self.engine.take_pages(key, PAGE, pages)
+        first = PAGE * len(pages)
+        rest = tokens[first:]
+        self.engine.submit(Work(key=key, tag=0, start=first, n=len(rest), tokens=rest, sample=True))
 
     def _take(self, results: list[Any]) -> None:
         from node.engine.sequence import Work

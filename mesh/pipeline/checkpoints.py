@@ -70,6 +70,11 @@ class Checkpoints:
             return wanted
         return [_join(group) for group in _groups(wanted)]
 
+    def copy(self, first: int, end: int) -> memoryview:
+        """The rows of [first, end), which are held, in memory of their own."""
+        pieces = [s.slice(max(first, s.start), min(end, s.end)) for s in self._tail(first) if s.start < end]
+        return memoryview(b"".join(piece.payload for piece in pieces))
+
     def _tail(self, first: int) -> list[Segment]:
         """The segments that reach past ``first``; searched from the end, where a live session reads."""
         index = len(self._segments)

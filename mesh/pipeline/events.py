@@ -7,6 +7,7 @@ from typing import Literal
 
 import msgspec
 
+from mesh.pipeline.prefix import PAGE
 from mesh.types import Hop, NodeId
 
 
@@ -30,6 +31,8 @@ class SessionConfig(msgspec.Struct, frozen=True):
     ask_again_s: float = 0.05
     """The sampler is asked for a lost token at most this often."""
     ack_every: int = 8
+    page: int = PAGE
+    """Positions of a page that sessions share; the stages' ``StageConfig.page``."""
     backoff_s: float = 0.05
     backoff_max_s: float = 2.0
     suspect_s: float = 10.0

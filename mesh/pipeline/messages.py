@@ -51,6 +51,8 @@ class SessionRequest(msgspec.Struct, frozen=True, kw_only=True):
     prompt_logprobs: bool = False
     form: bytes = b""
     """What the API needs to go on with the answer (its form, stop strings, response id); opaque here."""
+    sharer: str = ""
+    """Keys and values of common prefixes are shared among requests of the same sharer."""
 
     @property
     def max_positions(self) -> int:
@@ -100,6 +102,8 @@ class Open(PipelineMessage, frozen=True):
     """Tokens drawn so far, for the journal's holders."""
     left_s: float = 600.0
     """Seconds until the session's deadline."""
+    chain: tuple[bytes, ...] = ()
+    """Names of the accepted tokens' whole pages (mesh/pipeline/prefix.py)."""
 
 
 class Ack(PipelineMessage, frozen=True):
@@ -115,7 +119,9 @@ class Progress(PipelineMessage, frozen=True):
 
 
 class Release(PipelineMessage, frozen=True):
-    """The session ended: free everything."""
+    """The session ended: free everything.  The pages that ``chain`` names may be of use to the next one."""
+
+    chain: tuple[bytes, ...] = ()
 
 
 class Lease(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -136,6 +142,8 @@ class Opened(PipelineMessage, frozen=True):
 
     hop: int
     kept: int
+    shared: int = 0
+    """Positions that it never computed: it began behind the pages of others."""
 
 
 class Refused(PipelineMessage, frozen=True):

@@ -42,6 +42,7 @@ from mesh.pipeline.events import (
     State,
 )
 from mesh.pipeline.journal import Adopt, needs_witness
+from mesh.pipeline.prefix import Chain, chain_of
 from mesh.types import NodeId, Route
 
 
@@ -78,9 +79,13 @@ class Session:
         self.drawn: list[int] = []
         self.witness: NodeId | None = None
         self.recoveries: list[Recovery] = []
+        self.shared = 0
+        """Positions whose computation every hop of the first route was spared."""
         self._rng = rng
         self._placement_id: m.PlacementId = (0, 0)
-        self._opened: dict[int, int] = {}
+        self._chain: Chain = ()
+        self._exact: Literal["bitwise", "tokens"] = "bitwise"
+        self._opened: dict[int, m.Opened] = {}
         self._unshown: deque[Accepted] = deque()
         """Tokens of ``drawn`` that only this node is known to hold."""
         self._held = 0
@@ -172,7 +177,8 @@ class Session:
             return []
         left = self.parties
         self.epoch = (self.epoch[0] + 1, self.me)
-        self.route, self._placement_id = route, placement_id
+        self.route, self._placement_id, self._exact = route, placement_id, exact
+        self._chain = self._name_pages()
         self.witness = witness if needs_witness(route, self.me) else None
         self._held, self._claimed = 0, self.accepted
         self.state = State.OPENING
@@ -300,22 +306,29 @@ class Session:
             request=self.request if holds_journal else None,
             drawn=tuple(self.drawn) if holds_journal else (),
             left_s=self._ends_at - now,
+            chain=self._chain if index < len(self.route.hops) else (),
         )
+
+    def _name_pages(self) -> Chain:
+        """Of all tokens accepted.  Bits of a route that does not promise them stay away from those that do."""
+        tokens = [*self.request.prompt, *self.drawn]
+        return chain_of(tokens, self.config.page, self.request.model, self.request.sharer, self._exact)
 
     def _on_opened(self, index: int, message: m.Opened, now: float) -> list[Effect]:
         assert self.route is not None
         if self.state is not State.OPENING or index in self._opened:
             return []
-        self._opened[index] = message.kept
+        self._opened[index] = message
         if len(self._opened) < len(self.parties):
             return []
         self.state = State.RUNNING
         self._resend_at = self._open_by = None
         self._acked = self.accepted
         self._held = max(self._held, self._claimed)
+        hops = [self._opened[index] for index in range(len(self.route.hops))]
+        self.shared = max(self.shared, min(hop.shared for hop in hops))
         if self._incident is not None:
-            kept = [self._opened[index] for index in range(len(self.route.hops))]
-            self._incident.replayed = sum(max(0, self.accepted - 1 - length) for length in kept)
+            self._incident.replayed = sum(max(0, self.accepted - 1 - hop.kept) for hop in hops)
         if self._stall_at is None:
             self._stall_at = now + max(self._token_deadline(), self.config.first_token_s)
         return self._show(now)
@@ -534,8 +547,8 @@ class Session:
 
     def _end(self, event: Ended | Failed) -> list[Effect]:
         self.state = State.ENDED
-        return [*self._release_all(), Emit(event)]
+        return [*self._release_all(self._name_pages()), Emit(event)]
 
-    def _release_all(self) -> list[Effect]:
+    def _release_all(self, chain: Chain = ()) -> list[Effect]:
         """Every node that ever was on a route of this session; one that is gone frees by its lease."""
-        return [Send(node, m.Release(self.id, self.epoch)) for node in self._visited]
+        return [Send(node, m.Release(self.id, self.epoch, chain)) for node in self._visited]

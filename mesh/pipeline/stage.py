@@ -24,6 +24,7 @@ from mesh.pipeline import messages as m
 from mesh.pipeline.checkpoints import Checkpoints, Segment
 from mesh.pipeline.early import EarlyFrames
 from mesh.pipeline.journal import Journal, JournalConfig, Journals
+from mesh.pipeline.prefix import PAGE, Pages, Prefix
 from mesh.pipeline.work import Compute, Computed, FetchPlacement, Free, Reserve, Truncate
 from mesh.types import Hop, LayerSpan, NodeId, SamplingParams
 
@@ -34,20 +35,24 @@ class StageConfig(msgspec.Struct, frozen=True):
     lease_s: float = 60.0
     """A session that its owner has not renewed for this long is freed, where no journal of it is held."""
     checkpoint_bytes: int = 1 << 30
-    """Host memory for checkpointed activations; beyond it the oldest session's are given up."""
+    """Host memory for checkpointed activations; beyond it shared pages are given up, then the oldest session's."""
     held_frames: int = 4096
     held_bytes: int = 64 << 20
     """Frames that arrived before the Open of their epoch wait in these bounds ..."""
     held_s: float = 10.0
     """... and this long."""
     sweep_s: float = 5.0
+    page: int = PAGE
+    """Positions of a page that sessions share; their owners' ``SessionConfig.page``."""
     journal: JournalConfig = JournalConfig()
 
 
 class _Hop:
     """One session at this hop."""
 
-    def __init__(self, message: m.Open, journal: Journal | None, key: str, now: float) -> None:
+    def __init__(
+        self, message: m.Open, journal: Journal | None, key: str, now: float, pages: Pages, page_bytes: int
+    ) -> None:
         self.key = key
         self.tag = 0
         self.submitted = 0
@@ -56,6 +61,8 @@ class _Hop:
         self.acked = 0
         self.asked = -1
         self.checkpoints = Checkpoints()
+        last = message.hop == len(message.route.hops) - 1
+        self.prefix = Prefix(pages, _span(message), key, page_bytes, None if last else self.checkpoints)
         self.scores: dict[int, tuple[float, tuple[tuple[int, float], ...]]] = {}
         """Position -> (logprob, top) of the tokens drawn here that the owner may not have yet, in order."""
         self.follow(message, journal, now)
@@ -63,6 +70,7 @@ class _Hop:
     def follow(self, message: m.Open, journal: Journal | None, now: float) -> None:
         """Take over the route of ``message``; nothing crosses the boundary until the hop behind says from where."""
         self.open, self.journal = message, journal
+        self.prefix.chain = message.chain
         self.epoch = message.epoch
         self.hops = message.route.hops
         self.index = message.hop
@@ -108,6 +116,7 @@ class StageCore:
         self.placement_id: m.PlacementId = (0, 0)
         self.checkpoint_bytes = 0
         self.checkpoints_dropped = 0
+        self.pages = Pages(self.config.page)
         self._spans: tuple[LayerSpan, ...] = ()
         self._sessions: dict[m.SessionId, _Hop] = {}
         self._keys: dict[str, m.SessionId] = {}
@@ -134,15 +143,24 @@ class StageCore:
         """(session, its Open, positions computed) of every session, for status."""
         return [(session, hop.open, hop.done) for session, hop in self._sessions.items()]
 
+    @property
+    def held_bytes(self) -> int:
+        """Checkpointed rows of sessions and of shared pages."""
+        return self.checkpoint_bytes + self.pages.row_bytes
+
     # -- verbs ---------------------------------------------------------------------------------------------------------
 
     def activate(self, placement_id: m.PlacementId) -> None:
         """Sessions under a lower placement id are refused from now on; running ones go on."""
         self.placement_id = max(self.placement_id, placement_id)
 
-    def set_spans(self, spans: Sequence[LayerSpan]) -> None:
+    def set_spans(self, spans: Sequence[LayerSpan]) -> list[Effect]:
         """What may be opened here from now on; running sessions keep what they have."""
         self._spans = tuple(spans)
+        return self.pages.keep_only(self._holds)
+
+    def _holds(self, span: LayerSpan) -> bool:
+        return any(held.model == span.model and held.covers(span.start, span.end) for held in self._spans)
 
     def in_use(self, span: LayerSpan) -> bool:
         """Some session still runs over layers of ``span``."""
@@ -188,15 +206,19 @@ class StageCore:
         """A connection to ``node`` was reset and could not be made again, or gossip holds it dead."""
         return self.journals.lost(node, cause, now)
 
-    def reserved(self, key: str, now: float) -> list[Effect]:
-        """The driver's answer to ``Reserve``: there is room."""
+    def reserved(self, key: str, now: float, page_bytes: int = 0) -> list[Effect]:
+        """The driver's answer to ``Reserve``: there is room.  ``page_bytes``: of a page of it; 0: none can be kept."""
         message = self._reserving.pop(key, None)
         if message is None:  # released meanwhile
             return [Emit(Free(key))]
-        hop = _Hop(message, self._journal_of(message, now), key, now)
+        hop = _Hop(message, self._journal_of(message, now), key, now, self.pages, page_bytes)
         self._sessions[message.session] = hop
         self._keys[key] = message.session
-        return self._opened(message.session, hop, now)
+        return [*self._begin(hop), *self._opened(message.session, hop, now)]
+
+    def evict(self, bytes_: int) -> list[Effect]:
+        """The engine needs so many bytes of what shared pages take."""
+        return self.pages.evict(bytes_)
 
     def refused(self, key: str, code: Literal["busy", "not_held"], why: str, retry_after_s: float) -> list[Effect]:
         """The driver's other answer to ``Reserve``: there is none."""
@@ -212,10 +234,13 @@ class StageCore:
         for result in results:
             session = self._keys.get(result.key)
             hop = self._sessions.get(session) if session is not None else None
-            if hop is not None and session is not None and result.tag == hop.tag:
+            if hop is None or session is None:
+                continue
+            if result.rewound:
+                effects += self._rewind(session, hop)
+            elif result.tag == hop.tag:
                 effects += self._on_computed(session, hop, result)
-        self._keep_budget()
-        return effects
+        return [*effects, *self._keep_budget()]
 
     # -- opening, resuming, freeing ------------------------------------------------------------------------------------
 
@@ -287,6 +312,8 @@ class StageCore:
             return "opens an end of a route without the request"
         if message.request is not None and message.accepted != len(message.request.prompt) + len(message.drawn):
             return "opens with a wrong count of accepted tokens"
+        if len(message.chain) * self.pages.size > message.accepted:
+            return "opens with names of pages past the accepted tokens"
         return ""
 
     def _refusal(self, message: m.Open) -> m.Refused | None:
@@ -296,7 +323,7 @@ class StageCore:
             code, why = "stale_placement", f"active here is placement {self.placement_id}"
         elif message.placement_id > self.placement_id:
             code, why = "unknown_placement", f"active here is placement {self.placement_id}"
-        elif not any(s.model == message.route.model and s.covers(mine.start, mine.end) for s in self._spans):
+        elif not self._holds(_span(message)):
             code, why = "not_held", f"layers [{mine.start}, {mine.end}) of {message.route.model} are not loaded here"
         else:
             return None
@@ -324,6 +351,17 @@ class StageCore:
         room = (message.max_positions, message.priority, hops)
         return [Emit(Reserve(key, message.route.model, mine.start, mine.end, *room, sampling, tokens))]
 
+    def _begin(self, hop: _Hop) -> list[Effect]:
+        """Behind the pages that are held here; the sampler before the last token, or before all that it is to score."""
+        most = hop.open.accepted
+        if hop.last:
+            assert hop.journal is not None
+            most = 0 if hop.journal.request.prompt_logprobs else most - 1
+        effects = hop.prefix.take(most)
+        hop.submitted = hop.done = hop.prefix.length
+        self.checkpoint_bytes += hop.checkpoints.bytes
+        return effects
+
     def _stop_reserving(self, session: m.SessionId, epoch: m.Epoch) -> None:
         """What is asked for under ``epoch`` or an older one is freed as soon as it is reserved."""
         for key, opening in list(self._reserving.items()):
@@ -339,7 +377,8 @@ class StageCore:
 
     def _opened(self, session: m.SessionId, hop: _Hop, now: float) -> list[Effect]:
         hop.lease_from = now
-        effects: list[Effect] = [Send(hop.owner, m.Opened(session, hop.epoch, hop.index, hop.submitted))]
+        opened = m.Opened(session, hop.epoch, hop.index, hop.submitted, hop.prefix.length)
+        effects: list[Effect] = [Send(hop.owner, opened)]
         effects += self._want(session, hop)
         return [*effects, *self._replay_early(session, now)]
 
@@ -358,7 +397,12 @@ class StageCore:
         if known is None or message.epoch < known:
             self._early.take(message.session)
             return []
-        return self._free(message.session)
+        effects: list[Effect] = []
+        hop = self._sessions.get(message.session)
+        if hop is not None and hop.epoch == message.epoch:
+            hop.prefix.chain = message.chain
+            effects += hop.prefix.keep(hop.done)
+        return [*effects, *self._free(message.session), *self._keep_budget()]
 
     def _on_lease(self, message: m.Lease, sender: NodeId, now: float) -> list[Effect]:
         effects: list[Effect] = []
@@ -449,13 +493,20 @@ class StageCore:
         assert result.start == hop.done, (result.start, hop.done)
         hop.done = result.start + result.n
         if hop.last:
-            return self._on_drawn(session, hop, result)
+            return [*hop.prefix.keep(hop.done), *self._on_drawn(session, hop, result)]
         assert result.hidden is not None
         # A copy: a view would keep the whole packed step alive, with the rows of every other session in it.
         own = memoryview(bytes(result.hidden))
         hop.checkpoints.append(Segment(result.start, result.n, own))
         self.checkpoint_bytes += len(own)
-        return self._flush(session, hop)
+        return [*hop.prefix.keep(hop.done), *self._flush(session, hop)]
+
+    def _rewind(self, session: m.SessionId, hop: _Hop) -> list[Effect]:
+        """The engine does not have what it was to keep: all is computed again, and sent from where it was not yet."""
+        sent = hop.sent
+        effects = self._cut(hop, 0)
+        hop.sent = sent
+        return [*effects, *self._want(session, hop)]
 
     def _flush(self, session: m.SessionId, hop: _Hop) -> list[Effect]:
         """Send what is computed and the hop behind does not have yet."""
@@ -542,19 +593,28 @@ class StageCore:
         if not hop.last:
             hop.checkpoints.cut(length)
         self.checkpoint_bytes += hop.checkpoints.bytes
+        hop.prefix.cut(length)
         hop.tag += 1
         hop.submitted = hop.done = length
         hop.sent = None if hop.sent is None else min(hop.sent, length)
         return [Emit(Truncate(hop.key, length))]
 
-    def _keep_budget(self) -> None:
-        """Past the budget the oldest sessions lose theirs: their recovery starts further upstream."""
+    def _keep_budget(self) -> list[Effect]:
+        """Past the budget shared pages go, then the oldest sessions' rows: their recovery starts further upstream."""
+        effects = self.pages.evict(row_bytes=self.held_bytes - self.config.checkpoint_bytes)
         for hop in self._sessions.values():
-            if self.checkpoint_bytes <= self.config.checkpoint_bytes:
+            if self.held_bytes <= self.config.checkpoint_bytes:
                 break
             freed = hop.checkpoints.drop()
             self.checkpoint_bytes -= freed
             self.checkpoints_dropped += bool(freed)
+        return effects
+
+
+def _span(message: m.Open) -> LayerSpan:
+    """The layers that an Open names."""
+    mine = _mine(message)
+    return LayerSpan(message.route.model, mine.start, mine.end)
 
 
 def _mine(message: m.Open) -> Hop:

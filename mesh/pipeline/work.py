@@ -51,6 +51,8 @@ class Computed(msgspec.Struct, frozen=True):
     error: str = ""
     final: bool = False
     """Of an error: any other node would come to the same."""
+    rewound: bool = False
+    """No answer to a ``Compute``: what was to be kept is not there, and the sequence stands at 0 again."""
 
 
 class Truncate(msgspec.Struct, frozen=True):
@@ -58,6 +60,29 @@ class Truncate(msgspec.Struct, frozen=True):
 
     key: str
     length: int
+
+
+class KeepPages(msgspec.Struct, frozen=True):
+    """Keep the keys and values of ``size`` positions under each number, from each position of ``key`` on."""
+
+    key: str
+    size: int
+    pages: tuple[tuple[int, int], ...]
+    """(first position, number)."""
+
+
+class TakePages(msgspec.Struct, frozen=True):
+    """``key``, which has computed nothing, begins with these pages of ``size`` positions."""
+
+    key: str
+    size: int
+    pages: tuple[int, ...]
+
+
+class DropPages(msgspec.Struct, frozen=True):
+    """Nobody wants these pages any more."""
+
+    pages: tuple[int, ...]
 
 
 class Free(msgspec.Struct, frozen=True):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -221,6 +221,35 @@ class Engine:
             self._budget.release(key)
             self._runner.post(self._runner.close, key)
 
+    # -- pages that sequences share ------------------------------------------------------------------------------------
+
+    def page_bytes(self, key: str, size: int) -> int:
+        """What a page of ``size`` positions of ``key`` takes; 0: its state cannot be cut into pages."""
+        loaded = self._loaded.get(self._open[key].model)
+        return size * self._budget.position_bytes(key) if loaded is not None and loaded.mode == "packed" else 0
+
+    @property
+    def excess(self) -> int:
+        """Bytes of pages that must go, so that what was promised to sequences is there."""
+        return self._budget.excess
+
+    def keep_pages(self, key: str, size: int, pages: Sequence[tuple[int, int]]) -> None:
+        """Copy positions of ``key`` that are computed: for each (first position, number), ``size`` of them."""
+        assert self._runner is not None
+        self._budget.keep(key, size, [number for _, number in pages])
+        self._runner.post(self._runner.keep_pages, key, size, pages)
+
+    def take_pages(self, key: str, size: int, pages: Sequence[int]) -> None:
+        """``key``, which has computed nothing, goes on behind ``pages``; or answers ``Result.rewound``."""
+        assert self._runner is not None
+        self._runner.post(self._runner.take_pages, key, size, pages)
+
+    def drop_pages(self, pages: Sequence[int]) -> None:
+        """Give up what was kept under these numbers."""
+        assert self._runner is not None
+        self._budget.drop(pages)
+        self._runner.post(self._runner.drop_pages, pages)
+
     def _on_results(self, results: list[Result]) -> None:
         """Results of sequences that were closed meanwhile are of no use to anybody."""
         self.on_results([result for result in results if result.key in self._open])
@@ -239,19 +268,24 @@ class Engine:
             waiting=runner.waiting,
             free_tokens=(self._budget.total - self._budget.used) // widest if widest else 0,
             used_bytes=self._budget.used,
-            held_bytes=sum(holding.cache.bytes for holding in holdings),
+            shared_bytes=self._budget.shared,
+            held_bytes=sum(holding.cache.bytes + holding.pages.bytes for holding in holdings),
+            rows=runner.rows,
             weight_bytes=sum(holding.shard.weight_bytes for holding in holdings),
             step_ms=runner.pace.step_s * 1e3,
             tokens_per_s=runner.rate(time.perf_counter()),
         )
 
     def assert_idle(self) -> None:
-        """With no sequence open, nothing is reserved or held; anything left is a leak."""
+        """With no sequence open, nothing is reserved or held but shared pages; anything else left is a leak."""
         assert not self._open, f"{len(self._open)} sequences are open"
         assert not self._budget.used, f"{self._budget.used} bytes of keys and values are still promised"
         if self._runner is not None:
-            held = sum(holding.cache.bytes for holding in list(self._runner.models.values()))
+            holdings = list(self._runner.models.values())
+            held = sum(holding.cache.bytes for holding in holdings)
             assert not held, f"{held} bytes of keys and values are still held"
+            pages = sum(len(holding.pages) for holding in holdings)
+            assert pages == self._budget.pages, f"{pages} pages are held, {self._budget.pages} are known"
 
 
 def _make_runner(

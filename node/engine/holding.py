@@ -16,6 +16,7 @@ from node.engine.scheduler import Slice
 from node.engine.selfcheck import Mode
 from node.engine.sequence import Result, Sampled, Sequence, TokenScore
 from node.engine.shard import Shard
+from node.engine.shared import PageStore
 from node.engine.span import Part
 
 
@@ -50,6 +51,7 @@ class Holding:
     def __init__(self, shard: Shard, mode: Mode) -> None:
         self.shard, self.mode = shard, mode
         self.cache = KvCache()
+        self.pages = PageStore()
         self.wanted = shard.part
         """What placement wants here; layers beyond it stay while sessions use them."""
 
@@ -67,11 +69,25 @@ class Holding:
             self.cache.close(sequence.state)
         sequence.state = None
 
-    def cut(self, sequence: Sequence, length: int) -> None:
-        """Positions from ``length`` on are void.  A state that cannot go back fails the sequence."""
+    def cut(self, sequence: Sequence, length: int) -> bool:
+        """Positions from ``length`` on are void.  ``False``: its state cannot go back there, and is empty now."""
         if isinstance(sequence.state, CompatState) and not sequence.state.cut(min(length, sequence.length)):
-            sequence.failed = f"{self.shard.config.model_type}: its state cannot go back to position {length}"
+            sequence.state.cut(0)
+            return False
         sequence.cut(length)
+        return True
+
+    def keep_pages(self, sequence: Sequence, size: int, pages: Many[tuple[int, int]]) -> None:
+        """Copy positions that are computed, each page of ``size`` of them."""
+        spec = sequence.spec
+        self.pages.keep(cast(Place, sequence.state), spec.start, spec.end, size, pages)
+
+    def take_pages(self, sequence: Sequence, size: int, pages: Many[int]) -> bool:
+        """Begin behind ``pages``; ``False``: not all of them are here."""
+        spec = sequence.spec
+        taken = self.pages.take(cast(Place, sequence.state), spec.start, spec.end, size, pages)
+        sequence.length = size * len(pages) if taken else 0
+        return taken
 
     def keep(self, in_use: Many[Sequence]) -> None:
         """Give up layers that neither placement wants nor a sequence uses."""

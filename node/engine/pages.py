@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+from collections.abc import Iterable
 
 from mesh.errors import CapacityError
 
@@ -31,12 +32,18 @@ def padded(positions: int) -> int:
 
 
 class KvBudget:
-    """Promises of room in bytes, kept by the event loop: what ``open`` granted is there until ``close``."""
+    """Promises of room in bytes, kept by the event loop: what ``open`` granted is there until ``close``.
+
+    Shared pages take what is left: they are never in the way of a promise, but then have to go (``excess``).
+    """
 
     def __init__(self, total: int) -> None:
         self.total = total
         self.used = 0
-        self._held: dict[str, int] = {}
+        self._held: dict[str, tuple[int, int]] = {}
+        """Sequence -> bytes promised, and bytes of one position."""
+        self._pages: dict[int, int] = {}
+        self.shared = 0
 
     def reserve(self, key: str, positions: int, bytes_per_position: int) -> None:
         """Raises ``CapacityError``, with when to ask again, if it does not fit."""
@@ -47,10 +54,34 @@ class KvBudget:
             wait = min(5.0, 0.25 + 4.0 * need / max(1, self.total))
             raise CapacityError(f"{positions} positions need {need} bytes of {self.total - self.used} free", wait)
         self.used += need
-        self._held[key] = need
+        self._held[key] = need, bytes_per_position
 
     def release(self, key: str) -> None:
-        self.used -= self._held.pop(key, 0)
+        self.used -= self._held.pop(key, (0, 0))[0]
+
+    def position_bytes(self, key: str) -> int:
+        """Of one position of ``key``."""
+        return self._held[key][1]
+
+    def keep(self, key: str, size: int, pages: Iterable[int]) -> None:
+        """Pages of ``size`` positions each of ``key``."""
+        for number in pages:
+            self._pages[number] = size * self.position_bytes(key)
+            self.shared += self._pages[number]
+
+    def drop(self, pages: Iterable[int]) -> None:
+        for number in pages:
+            self.shared -= self._pages.pop(number, 0)
+
+    @property
+    def pages(self) -> int:
+        """How many are held."""
+        return len(self._pages)
+
+    @property
+    def excess(self) -> int:
+        """Bytes of shared pages for which there is no room any more."""
+        return max(0, min(self.shared, self.used + self.shared - self.total))
 
     def __contains__(self, key: str) -> bool:
         return key in self._held

@@ -10,6 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from collections.abc import Sequence as Many
 from queue import Empty, SimpleQueue
 from typing import Any
 
@@ -44,6 +45,8 @@ class Runner:
         self.pace = Pace(step_rows)
         self.waiting = 0
         """Sequences with rows queued, after the last step."""
+        self.rows = 0
+        """Computed since the start."""
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -131,6 +134,7 @@ class Runner:
         took = time.perf_counter() - began
         singles = sum(piece.n == 1 for group in plan.groups for piece in group.slices)
         self.pace.observe(singles, plan.rows - singles, took)
+        self.rows += plan.rows
         self._note_rate(began + took, plan.rows)
         self.waiting = sum(bool(s.queue) for s in self._sequences.values())
 
@@ -186,7 +190,7 @@ class Runner:
 
     def submit(self, work: Work) -> None:
         sequence = self._sequences.get(work.key)
-        if sequence is None:  # it failed and was closed meanwhile
+        if sequence is None or sequence.rewound:  # it failed and was closed meanwhile, or stands elsewhere
             return
         why = sequence.refusal(work)
         if why:
@@ -196,8 +200,24 @@ class Runner:
 
     def truncate(self, key: str, length: int) -> None:
         sequence = self._sequences.get(key)
-        if sequence is not None:
-            self._models[sequence.spec.model].cut(sequence, length)
+        if sequence is None or (sequence.rewound and length):
+            return
+        sequence.rewound = False
+        if not self._models[sequence.spec.model].cut(sequence, length):
+            self._deliver([sequence.rewind()])
+
+    def keep_pages(self, key: str, size: int, pages: Many[tuple[int, int]]) -> None:
+        sequence = self._sequences[key]
+        self._models[sequence.spec.model].keep_pages(sequence, size, pages)
+
+    def take_pages(self, key: str, size: int, pages: Many[int]) -> None:
+        sequence = self._sequences[key]
+        if not self._models[sequence.spec.model].take_pages(sequence, size, pages):
+            self._deliver([sequence.rewind()])
+
+    def drop_pages(self, pages: Many[int]) -> None:
+        for holding in self._models.values():
+            holding.pages.drop(pages)
 
     def close(self, key: str) -> None:
         sequence = self._sequences.pop(key, None)

@@ -81,6 +81,9 @@ class Result(msgspec.Struct, frozen=True):
     """Not empty: nothing was computed, and the sequence can only be closed."""
     final: bool = False
     """Of an error: any other node would come to the same."""
+    rewound: bool = False
+    """No answer to a ``Work``: the sequence could not go back to where it was to, or begin where it was to, and stands
+    at position 0; what is queued behind is void until it is cut to 0."""
 
 
 class EngineStats(msgspec.Struct, frozen=True):
@@ -94,6 +97,8 @@ class EngineStats(msgspec.Struct, frozen=True):
     """Positions that could still be reserved, over the layers of the largest loaded span."""
     used_bytes: int = 0
     """Bytes of keys and values reserved."""
+    shared_bytes: int = 0
+    """Bytes of pages that sequences share; they go when the room is wanted."""
     held_bytes: int = 0
     """Bytes of key and value tensors allocated (pages that were never written are not resident)."""
     weight_bytes: int = 0
@@ -101,6 +106,8 @@ class EngineStats(msgspec.Struct, frozen=True):
     """Recent mean."""
     tokens_per_s: float = 0.0
     """Rows computed a second over the last seconds."""
+    rows: int = 0
+    """Rows computed since the start."""
 
 
 class Sequence:
@@ -121,6 +128,8 @@ class Sequence:
         """Its rows come one at a time: each waits for the token before."""
         self.tokens = list(spec.tokens)
         self.failed = ""
+        self.rewound = False
+        """It stands at 0, and whoever asks for work on it does not know yet."""
         self.state: object = None
         """What the shard keeps for it (an extent of its cache, or a cache of its own)."""
         self.guide: Guide | None = None
@@ -194,6 +203,12 @@ class Sequence:
         """Token number ``position`` is drawn next: its grammar's mask can be made meanwhile."""
         if self.guide is not None and self.guide.position != position:
             self.guide.ask(position, self.tokens[self.spec.prompt_length : position])
+
+    def rewind(self) -> Result:
+        """Begin anew; work is void until a cut to 0 shows that this is known."""
+        self.cut(0)
+        self.rewound = True
+        return Result(self.spec.key, 0, 0, 0, rewound=True)
 
     def cut(self, length: int) -> None:
         """Keep positions [0, length), and the queued work before ``length``.

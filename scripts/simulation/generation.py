@@ -26,6 +26,7 @@ def weathered(seed: int) -> dict[str, int]:
         "recoveries": len(recoveries),
         "replays": sum(recovery.positions_replayed > 0 for recovery in recoveries),
         "positions_replayed": sum(recovery.positions_replayed for recovery in recoveries),
+        "positions_shared": sum(node.core.stage.pages.found for node in world.nodes.values() if node.up),
         "adoptions": weather.counts["adoptions"],
         "relays": weather.counts["relays"],
         "claims_contested": weather.counts["contested"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import socket
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import threading
 import time
 import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -112,6 +114,44 @@ def test_a_stream_outlives_a_node_of_its_route(
     assert loud["tokens"] == quiet["tokens"]
     assert loud["finish"] == quiet["finish"] == "length"
     assert len(loud["usage"]["mesh"]["recoveries"]) >= 1
+
+
+def rows_computed(mesh: LocalMesh) -> int:
+    """Positions that the layers of all nodes have computed so far."""
+    total = 0.0
+    for node in mesh.nodes:
+        with urllib.request.urlopen(f"{node.api}/metrics", timeout=10.0) as answer:
+            total += float(re.findall(r"^mesh_engine_rows_total (\S+)$", answer.read().decode(), re.M)[0])
+    return int(total)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SEEDED], ids=["greedy", "seeded"])
+def test_a_prefix_that_was_computed_before_is_computed_by_no_hop_again(
+    llama_mesh: LocalMesh, sampling: dict[str, Any]
+) -> None:
+    """Each hop computes what is behind the common pages and no more; the tokens are the same, after a kill as well."""
+    entry, step = llama_mesh.nodes[0], 11 if sampling is GREEDY else 13
+    wanted = body(40, prompt=[(step * i) % 249 + 3 for i in range(303)], **sampling)
+    wanted["mesh"]["balance"] = "prefix_affinity"
+    before = rows_computed(llama_mesh)
+    quiet = read(entry, wanted)
+    # Two hops; the last token is drawn and computed by none.
+    llama_mesh.wait(lambda: rows_computed(llama_mesh) >= before + 2 * (303 + 39), "figures of the first run", 30.0)
+    before = rows_computed(llama_mesh)
+    again = read(entry, wanted)
+    behind = 303 + 39 - 9 * 32
+    llama_mesh.wait(lambda: rows_computed(llama_mesh) >= before + 2 * behind, "figures of the second run", 30.0)
+    assert rows_computed(llama_mesh) <= before + 2 * (behind + 32)
+    cached = [run["usage"]["prompt_tokens_details"]["cached_tokens"] for run in (quiet, again)]
+    assert cached == [0, 9 * 32]
+
+    def strike(count: int) -> None:
+        if count == 10:
+            victim_of(llama_mesh, entry, "last").kill()
+
+    loud = read(entry, wanted, strike)
+    assert len(loud["usage"]["mesh"]["recoveries"]) >= 1
+    assert quiet["tokens"] == again["tokens"] == loud["tokens"]
 
 
 def test_64_streams_run_the_next_wait_and_beyond_that_429(llama_mesh: LocalMesh) -> None:

@@ -10,6 +10,8 @@ import pytest
 from mesh.core import Rejected, Send
 from mesh.errors import CapacityError, ConfigError
 from mesh.pipeline import messages as m
+from mesh.pipeline.prefix import Pages
+from mesh.pipeline.stage import StageConfig
 from mesh.types import Hop, LayerSpan, Route, SamplingParams
 from node import stage
 from node.engine.sequence import Result, Sampled, SequenceSpec, Work
@@ -27,6 +29,19 @@ class FakeEngine:
         self.calls: list[tuple[str, Any]] = []
         self.refuses: Exception | None = None
         self.on_results: Any = None
+        self.excess = 0
+
+    def page_bytes(self, key: str, size: int) -> int:
+        return 10 * size
+
+    def keep_pages(self, key: str, size: int, pages: Any) -> None:
+        self.calls.append(("keep", (key, size, pages)))
+
+    def take_pages(self, key: str, size: int, pages: Any) -> None:
+        self.calls.append(("take", (key, size, pages)))
+
+    def drop_pages(self, pages: Any) -> None:
+        self.calls.append(("drop", pages))
 
     def open(self, spec: SequenceSpec) -> None:
         if self.refuses:
@@ -63,7 +78,7 @@ class World:
         self.service.activate(PLACEMENT)
         self.service.set_spans([LayerSpan("toy", 0, 6)])
 
-    def open(self, at: int, hops: int = 3, session: str = "s", counter: int = 1) -> None:
+    def open(self, at: int, hops: int = 3, session: str = "s", counter: int = 1, chain: tuple[bytes, ...] = ()) -> None:
         nodes = [ME if index == at else f"hop{index}" for index in range(hops)]
         request = m.SessionRequest(model="toy", prompt=PROMPT, sampling=SamplingParams(max_tokens=8))
         message = m.Open(
@@ -76,6 +91,7 @@ class World:
             priority="batch",
             accepted=4,
             request=request if at in (0, hops - 1) else None,
+            chain=chain,
         )
         self.service.receive(message, OWNER)
 
@@ -122,6 +138,21 @@ async def test_the_engines_answer_comes_before_what_is_left(world: World) -> Non
     assert [verb for verb, _ in told] == ["open", "submit"]
     assert told[1][1] == Work("s#1", 0, 0, 4, PROMPT)
     assert [type(message) for _, message in sent] == [m.Opened]
+
+
+async def test_shared_pages_are_kept_and_taken_and_go_when_the_engine_needs_their_room(world: World) -> None:
+    world.service.core.config = StageConfig(page=2)
+    world.service.core.pages = Pages(2)
+    world.open(1, chain=(b"a", b"b"))
+    world.forward(0, 4)
+    world.take()
+    world.service.on_results([world.result(0, 4)])
+    assert world.take()[0] == [("keep", ("s#1", 2, ((0, 1), (2, 2))))]
+    world.open(1, session="t", chain=(b"a", b"b"))
+    assert [told for told in world.take()[0] if told[0] != "open"] == [("take", ("t#2", 2, (1, 2)))]
+    world.engine.excess = 21
+    world.open(1, session="u")
+    assert [told for told in world.take()[0] if told[0] != "open"] == [("drop", (2, 1))]
 
 
 @pytest.mark.parametrize(

@@ -17,10 +17,12 @@ from mesh.pipeline import messages as m
 from mesh.pipeline import work as t
 from mesh.pipeline.journal import Adopt, disclaim, needs_witness
 from mesh.pipeline.session import Session
-from mesh.pipeline.stage import StageCore
+from mesh.pipeline.stage import StageConfig, StageCore
 from mesh.types import Hop, LayerSpan, Route, SamplingParams
 
 LAYERS = 6
+PAGE = 3
+CONFIG = e.SessionConfig(page=PAGE)
 VOCABULARY = 97
 ROW = 8
 MASK = (1 << 64) - 1
@@ -49,6 +51,16 @@ class FakeKv:
         self.length += 1
         return row
 
+    def read(self, first: int, end: int) -> dict[int, list[int]]:
+        """Keys and values of positions [first, end)."""
+        return {layer: digests[first + 1 : end + 1] for layer, digests in self.layers.items()}
+
+    def begin(self, pages: list[dict[int, list[int]]], length: int) -> None:
+        for page in pages:
+            for layer, digests in page.items():
+                self.layers[layer] += digests
+        self.length = length
+
     def truncate(self, length: int) -> None:
         self.length = min(self.length, length)
         for digests in self.layers.values():
@@ -76,8 +88,22 @@ def oracle(request: m.SessionRequest) -> list[int]:
 class FakeEngine:
     """Computes a queue of work, one chunk each ``step_s``."""
 
-    def __init__(self, rng: random.Random, slots: int, step_s: float = 0.01, chunk: int = 5) -> None:
+    def __init__(
+        self,
+        rng: random.Random,
+        slots: int,
+        step_s: float = 0.01,
+        chunk: int = 5,
+        room: int = 6,
+        forgets: float = 0.0,
+    ) -> None:
+        """``room``: for shared pages, less one for each sequence; ``forgets``: how often a sequence cannot go back to
+        where it is to: it stands at 0, and says so with the next step."""
         self.rng, self.slots, self.step_s, self.chunk = rng, slots, step_s, chunk
+        self.room, self.forgets, self._chance = room, forgets, random.Random(0)
+        self.pages: dict[int, dict[int, list[int]]] = {}
+        self.lost: set[str] = set()
+        self.rewound: list[t.Computed] = []
         self.sequences: dict[str, tuple[FakeKv, t.Reserve]] = {}
         self.queue: deque[t.Compute] = deque()
         self.due: float | None = None
@@ -89,22 +115,55 @@ class FakeEngine:
         self.sequences[ask.key] = (FakeKv(ask.start, ask.end), ask)
         return True
 
+    @property
+    def excess(self) -> int:
+        return max(0, len(self.pages) + len(self.sequences) - self.room) if self.pages else 0
+
+    def keep(self, event: t.KeepPages) -> None:
+        kv = self.sequences[event.key][0]
+        for start, number in event.pages:
+            assert start + event.size <= kv.length
+            self.pages[number] = kv.read(start, start + event.size)
+
+    def take(self, event: t.TakePages) -> None:
+        kv = self.sequences[event.key][0]
+        assert kv.length == 0
+        kv.begin([self.pages[number] for number in event.pages], event.size * len(event.pages))
+
+    def drop(self, event: t.DropPages) -> None:
+        for number in event.pages:
+            del self.pages[number]
+
     def submit(self, work: t.Compute, now: float) -> None:
+        if work.key in self.lost:
+            return
         self.queue.append(work)
         self.due = self.due or now + self.step_s
 
-    def truncate(self, key: str, length: int) -> None:
-        self.sequences[key][0].truncate(length)
+    def truncate(self, key: str, length: int, now: float) -> None:
         self.queue = deque(work for work in self.queue if work.key != key)
+        if key in self.lost and length:
+            return
+        self.lost.discard(key)
+        kv = self.sequences[key][0]
+        if 0 < length < kv.length and self._chance.random() < self.forgets:
+            self.lost.add(key)
+            self.due = self.due or now + self.step_s
+            self.rewound.append(t.Computed(key, 0, 0, 0, rewound=True))
+            length = 0
+        kv.truncate(length)
 
     def free(self, key: str) -> None:
+        self.lost.discard(key)
+        self.rewound = [result for result in self.rewound if result.key != key]
         del self.sequences[key]
         self.queue = deque(work for work in self.queue if work.key != key)
 
     def step(self, now: float) -> list[t.Computed]:
         self.due = None
+        rewound, self.rewound = self.rewound, []
         if not self.queue:
-            return []
+            return rewound
         work = self.queue.popleft()
         n = min(work.n, self.rng.randint(1, self.chunk))
         if n < work.n:
@@ -114,7 +173,7 @@ class FakeEngine:
             )
         if self.queue:
             self.due = now + self.step_s
-        return [self._compute(work, n)]
+        return [*rewound, self._compute(work, n)]
 
     def _compute(self, work: t.Compute, n: int) -> t.Computed:
         kv, ask = self.sequences[work.key]
@@ -149,11 +208,12 @@ class Peer:
         slots: int = 64,
         step_s: float = 0.01,
         eager: bool = False,
+        forgets: float = 0.0,
     ) -> None:
         """``nodes``: the whole mesh, of which witnesses are chosen; ``eager``: this node routes through itself."""
         self.me, self.rng, self.spans, self.nodes, self.eager = me, rng, spans, nodes, eager
-        self.stage = self.stage_type(me)
-        self.engine = FakeEngine(rng, slots, step_s)
+        self.stage = self.stage_type(me, StageConfig(page=PAGE))
+        self.engine = FakeEngine(rng, slots, step_s, forgets=forgets)
         self.sessions: dict[str, Session] = {}
         self.streams: dict[str, list[int]] = {}
         """What each session has shown, from its first token on."""
@@ -175,7 +235,7 @@ class Peer:
         return first
 
     def open(self, session: str, request: m.SessionRequest, now: float) -> list[Effect]:
-        return self._own(session, self.session_type(session, self.me, request, self.rng, now), now)
+        return self._own(session, self.session_type(session, self.me, request, self.rng, now, CONFIG), now)
 
     def receive(self, message: Any, sender: str, now: float) -> list[Effect]:
         if isinstance(message, m.TO_SESSION):
@@ -224,20 +284,28 @@ class Peer:
                 out.append(effect)
             elif isinstance(event, t.Reserve):
                 if self.engine.reserve(event):
-                    answer = self.stage.reserved(event.key, now)
+                    answer = self.stage.reserved(event.key, now, page_bytes=1)
+                    answer += self.stage.evict(self.engine.excess)
                 else:
                     answer = self.stage.refused(event.key, "busy", "no slot", 0.1)
                 out += self._staged(answer, now)
             elif isinstance(event, t.Compute):
                 self.engine.submit(event, now)
             elif isinstance(event, t.Truncate):
-                self.engine.truncate(event.key, event.length)
+                self.engine.truncate(event.key, event.length, now)
+            elif isinstance(event, t.KeepPages):
+                self.engine.keep(event)
+                out += self._staged(self.stage.evict(self.engine.excess), now)
+            elif isinstance(event, t.TakePages):
+                self.engine.take(event)
+            elif isinstance(event, t.DropPages):
+                self.engine.drop(event)
             elif isinstance(event, t.Free):
                 self.engine.free(event.key)
             elif isinstance(event, Adopt):
                 if event.session not in self.sessions:
                     out.append(effect)
-                    session = self.session_type.adopt(event, self.me, self.rng, now)
+                    session = self.session_type.adopt(event, self.me, self.rng, now, CONFIG)
                     out += self._own(event.session, session, now)
             else:
                 out.append(effect)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -10,6 +11,7 @@ from mesh.core import Effect
 from mesh.pipeline import messages as m
 from mesh.pipeline.checkpoints import Checkpoints, Segment
 from mesh.pipeline.journal import JournalConfig
+from mesh.pipeline.prefix import Prefix
 from mesh.pipeline.session import Session
 from mesh.pipeline.stage import StageConfig, StageCore
 from tests.sim.generation import Peer
@@ -77,8 +79,8 @@ class Shifted(Checkpoints):
 class Deaf(StageCore):
     """Every Release is lost, and leases never run out."""
 
-    def __init__(self, me: str) -> None:
-        super().__init__(me, StageConfig(lease_s=1e9, journal=JournalConfig(lease_s=1e9)))
+    def __init__(self, me: str, config: StageConfig) -> None:
+        super().__init__(me, StageConfig(lease_s=1e9, journal=JournalConfig(lease_s=1e9), page=config.page))
 
     def receive(self, message: m.ToStage, sender: str, now: float) -> list[Effect]:
         return [] if isinstance(message, m.Release) else super().receive(message, sender, now)
@@ -100,6 +102,21 @@ class HeedlessClaim(StageCore):
         if journal is not None and journal.has_more(message) and message.epoch > journal.epoch:
             journal.tokens = journal.tokens[: message.accepted]
         return super()._on_open(message, sender, now)
+
+
+class Hollow(Prefix):
+    """A hit without its checkpoints."""
+
+    def take(self, most: int) -> list[Effect]:
+        effects = super().take(most)
+        if self._checkpoints is not None:
+            self._checkpoints.drop()
+        return effects
+
+
+def unchained(tokens: Sequence[int], size: int, *sharers: str) -> tuple[bytes, ...]:
+    """Pages are named by their own tokens alone."""
+    return tuple(repr(tokens[end - size : end]).encode() for end in range(size, len(tokens) + 1, size))
 
 
 def peer_with(stage: type[StageCore] = StageCore, session: type[Session] = Session) -> type[Peer]:

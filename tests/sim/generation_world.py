@@ -42,7 +42,12 @@ RENEW_S = 20.0
 
 
 def make_world(
-    seed: int, net: NetParams | None = None, spans: Spans = SPANS, step_s: float = 0.01, peer: type[Peer] = Peer
+    seed: int,
+    net: NetParams | None = None,
+    spans: Spans = SPANS,
+    step_s: float = 0.01,
+    peer: type[Peer] = Peer,
+    forgets: float = 0.0,
 ) -> World:
     world = World(seed, net)
     nodes = list(dict.fromkeys(["entry", *spans]))
@@ -50,24 +55,44 @@ def make_world(
         world.add(
             name,
             make=lambda disk, now, name=name: peer(
-                name, world.rng_for(name), spans, nodes, step_s=step_s, eager=name == "entry"
+                name,
+                world.rng_for(name),
+                spans,
+                nodes,
+                step_s=step_s,
+                eager=name == "entry",
+                forgets=forgets,
             ),
             on_reset=lambda core, gone, now: core.lost(gone, "reset", now),
         )
     return world
 
 
-def request(rng: random.Random, max_tokens: int = 24, timeout_s: float = 300.0, longest: int = 40) -> m.SessionRequest:
+SYSTEM = tuple(range(40, 60))
+
+
+def request(
+    rng: random.Random, max_tokens: int = 24, timeout_s: float = 300.0, longest: int = 40, common: bool = False
+) -> m.SessionRequest:
+    """``common``: half of the prompts begin with some of ``SYSTEM``, a few of those after another first token."""
     prompt = tuple(rng.randrange(97) for _ in range(rng.randint(1, longest)))
+    known = min((0, 0, 7, 12)[prompt[0] % 4], len(prompt) - 1)
+    if common and known:
+        prompt = (41 if prompt[1] % 4 == 0 else 40, *SYSTEM[1:known], *prompt[known:])
     sampling = SamplingParams(max_tokens=max_tokens, seed=rng.randrange(1 << 32), stop_token_ids=(0,))
     return m.SessionRequest(model="toy", prompt=prompt, sampling=sampling, timeout_s=timeout_s)
 
 
 def start(
-    world: World, count: int, max_tokens: int = 24, timeout_s: float = 300.0, longest: int = 40
+    world: World,
+    count: int,
+    max_tokens: int = 24,
+    timeout_s: float = 300.0,
+    longest: int = 40,
+    common: bool = False,
 ) -> dict[str, m.SessionRequest]:
     rng = world.rng_for("requests")
-    wanted = {f"s{index}": request(rng, max_tokens, timeout_s, longest) for index in range(count)}
+    wanted = {f"s{index}": request(rng, max_tokens, timeout_s, longest, common) for index in range(count)}
     for name, ask in wanted.items():
         world.do("entry", lambda core, now, name=name, ask=ask: core.open(name, ask, now))
     return wanted
@@ -266,6 +291,8 @@ def check_freed(world: World) -> None:
             assert list(node.core.stage.journals) == [], node.id
             assert node.core.stage.checkpoint_bytes == 0, node.id
             assert node.core.engine.sequences == {}, node.id
+            assert set(node.core.engine.pages) == node.core.stage.pages.numbers(), node.id
+            assert len(node.core.engine.pages) <= node.core.engine.room, node.id
 
 
 def schedule(rng: random.Random, nodes: list[str]) -> list[Fault]:
@@ -291,13 +318,13 @@ def weather_of(seed: int) -> tuple[str, list[Fault]]:
     return layout, schedule(rng, list(LAYOUTS[layout]))
 
 
-def play(seed: int, sessions: int = 3, peer: type[Peer] = Peer) -> Weather:
+def play(seed: int, sessions: int = 3, peer: type[Peer] = Peer, traced: bool = False) -> Weather:
     """One schedule: faults while ``sessions`` stream, P1, P3, P6 and P7, and P2 once leases have run out.
 
     A violation carries the schedule and the last events as notes: only then is the run traced, by doing it again.
     """
     try:
-        return _play(seed, sessions, peer, traced=False)
+        return _play(seed, sessions, peer, traced)
     except AssertionError:
         return _play(seed, sessions, peer, traced=True)
 
@@ -305,10 +332,10 @@ def play(seed: int, sessions: int = 3, peer: type[Peer] = Peer) -> Weather:
 def _play(seed: int, sessions: int, peer: type[Peer], traced: bool) -> Weather:
     layout, faults = weather_of(seed)
     net = NetParams(loss=0.01 if seed % 3 == 0 else 0.0)
-    world = make_world(seed, net, LAYOUTS[layout], step_s=0.05, peer=peer)
+    world = make_world(seed, net, LAYOUTS[layout], step_s=0.05, peer=peer, forgets=0.2)
     world.traced = traced
     world.schedule(faults)
-    weather = Weather(world, start(world, sessions, TOKENS, longest=12))
+    weather = Weather(world, start(world, sessions, TOKENS, longest=12, common=True))
     try:
         world.run(310.0, stop=lambda: weather.over)
         check_clients(weather)

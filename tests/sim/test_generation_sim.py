@@ -5,14 +5,17 @@ from __future__ import annotations
 import gc
 import random
 
+import msgspec
 import pytest
 
 from mesh.pipeline import events as e
-from mesh.pipeline import stage
+from mesh.pipeline import messages as m
+from mesh.pipeline import session, stage
 from mesh.pipeline.session import Session
 from mesh.pipeline.stage import StageCore
+from mesh.types import SamplingParams
 from tests.sim import generation_mutants as mutants
-from tests.sim.generation import FakeEngine
+from tests.sim.generation import FakeEngine, oracle
 from tests.sim.generation_world import (
     LAYOUTS,
     Weather,
@@ -21,6 +24,7 @@ from tests.sim.generation_world import (
     check_streams,
     make_world,
     play,
+    request,
     start,
 )
 from tests.sim.world import Fault, NetParams
@@ -129,6 +133,63 @@ def test_an_end_that_died_with_its_node_before_it_was_read_is_no_hang() -> None:
     assert weather.lost == ["s0"]
 
 
+# -- shared prefixes ---------------------------------------------------------------------------------------------------
+
+
+def lose_a_hop_of_a_shared_prefix() -> None:
+    """A conversation goes on, at the hops that answered before; one is lost, and rebuilt from what the others hold."""
+    world = make_world(3, spans={"a": (0, 2), "b": (2, 4), "c": (4, 6), "spare": (2, 4)})
+    entry, others = world.core("entry"), ("a", "b", "c")
+    for name in others:
+        world.core(name).engine.room = 100
+    world.apply(Fault(world.now, "crash", ("spare",)))
+    ask = request(random.Random(1), max_tokens=60)
+    world.do("entry", lambda core, now: core.open("first", ask, now))
+    world.run(60.0, stop=lambda: "first" in entry.ends)
+    world.run(world.now + 1.0)  # its pages are named when it is released
+    known = (*ask.prompt, *entry.streams["first"])
+    again = msgspec.structs.replace(ask, prompt=(*known[:50], 1), sampling=SamplingParams(max_tokens=24))
+    before = {name: world.core(name).engine.computed_positions for name in others}
+    world.do("entry", lambda core, now: core.open("again", again, now))
+    world.run(world.now + 60.0, stop=lambda: len(entry.streams["again"]) >= 8)
+    assert entry.sessions["again"].shared == 48  # whole pages of three, of what was prompt and what was answer
+    world.apply(Fault(world.now, "restart", ("spare",)))
+    world.apply(Fault(world.now, "crash", ("b",)))
+    world.run(world.now + 60.0, stop=lambda: "again" in entry.ends)
+    assert entry.streams["again"] == oracle(again)
+    for name in ("a", "c"):  # each position once, save for what was under way
+        computed = world.core(name).engine.computed_positions - before[name]
+        assert computed <= len(again.prompt) + 24 - 48 + 2, (name, computed)
+
+
+def test_a_shared_prefix_is_computed_by_no_hop_and_replayed_to_a_substitute() -> None:
+    lose_a_hop_of_a_shared_prefix()
+
+
+def test_a_prefix_hit_without_its_checkpoints_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage, "Prefix", mutants.Hollow)
+    with pytest.raises(AssertionError, match="'a'"):
+        lose_a_hop_of_a_shared_prefix()
+
+
+def ask_in_turn(*prompts: tuple[int, ...]) -> None:
+    world = make_world(3, spans={"a": (0, 2), "b": (2, 4), "c": (4, 6)})
+    entry = world.core("entry")
+    for number, prompt in enumerate(prompts):
+        ask = m.SessionRequest(model="toy", prompt=prompt, sampling=SamplingParams(max_tokens=4))
+        world.do("entry", lambda core, now, name=f"s{number}", ask=ask: core.open(name, ask, now))
+        world.run(world.now + 30.0, stop=lambda: not entry.sessions)
+        assert entry.streams[f"s{number}"] == oracle(ask), f"tokens of {number} differ"
+
+
+def test_pages_are_those_of_all_tokens_before_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = ((9, 2, 3, 7), (1, 2, 3, 4, 5, 6, 7), (9, 2, 3, 4, 5, 6, 7))
+    ask_in_turn(*prompts)
+    monkeypatch.setattr(session, "chain_of", mutants.unchained)
+    with pytest.raises(AssertionError, match="tokens of 2 differ"):
+        ask_in_turn(*prompts)
+
+
 # -- the owner dies ----------------------------------------------------------------------------------------------------
 
 
@@ -207,13 +268,13 @@ def test_the_owner_dies_between_the_last_token_and_the_end() -> None:
     ("mistake", "seed"),
     [
         (mutants.OlderEpochsObeyed, 20),
-        (mutants.NewerEpochsObeyed, 78),
+        (mutants.NewerEpochsObeyed, 58),
         (mutants.OwnerNotInEpoch, 549),
         (mutants.Untrimmed, 4),
         (mutants.Shifted, 0),
         (mutants.Deaf, 0),
         (mutants.Hasty, 1),
-        (mutants.HeedlessClaim, 24),
+        (mutants.HeedlessClaim, 58),
     ],
 )
 def test_mistakes_are_seen(mistake: type, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:

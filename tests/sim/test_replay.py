@@ -17,7 +17,7 @@ world = election_world.drawn(3, 5.0)
 world.run(until=5.0)
 print(world.digest())
 print(hashlib.sha256(election_bag.story(5, last=10**6).encode()).hexdigest())
-print(generation_world.play(2, sessions=2).world.digest())
+print(generation_world.play(2, sessions=2, traced=True).world.digest())
 """
 
 

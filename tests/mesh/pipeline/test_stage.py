@@ -9,6 +9,7 @@ import pytest
 from mesh.core import Effect, Emit, Rejected, Send
 from mesh.pipeline import messages as m
 from mesh.pipeline import stage as s
+from mesh.pipeline import work as t
 from mesh.types import Hop, LayerSpan, Route, SamplingParams
 
 OWNER, ME, STRANGER = "owner", "me", "stranger"
@@ -44,7 +45,7 @@ def opening(at: int, counter: int = 1, drawn: tuple[int, ...] = (), hops: int = 
         "request": ask if ends else None,
         "drawn": drawn if ends else (),
     }
-    return m.Open("s", (counter, OWNER), **{**fields, **more})
+    return m.Open(more.pop("session", "s"), (counter, OWNER), **{**fields, **more})
 
 
 def rows(start: int, n: int) -> memoryview:
@@ -77,14 +78,23 @@ def rejected(effects: list[Effect], sender: str) -> bool:
 class Hopper:
     """One hop of one session, with an engine that has room and answers when told to."""
 
-    def __init__(self, at: int, hops: int = 3, config: s.StageConfig | None = None, **more: Any) -> None:
-        self.at, self.epoch = at, (1, OWNER)
-        self.core = s.StageCore(ME, config)
+    def __init__(
+        self,
+        at: int,
+        hops: int = 3,
+        config: s.StageConfig | None = None,
+        core: s.StageCore | None = None,
+        session: str = "s",
+        page_bytes: int = 0,
+        **more: Any,
+    ) -> None:
+        self.at, self.epoch, self.session, self.page_bytes = at, (1, OWNER), session, page_bytes
+        self.core = core or s.StageCore(ME, config)
         self.core.activate(PLACEMENT)
         self.core.set_spans([LayerSpan("toy", 0, 2 * hops)])
         self.work: list[s.Compute] = []
         self.before, self.behind = f"hop{(at - 1) % hops}", f"hop{(at + 1) % hops}"
-        self.opened = self.open(opening(at, hops=hops, **more))
+        self.opened = self.open(opening(at, hops=hops, session=session, **more))
 
     def note(self, effects: list[Effect]) -> list[Effect]:
         for event in events(effects):
@@ -100,20 +110,20 @@ class Hopper:
         for event in events(effects):
             if isinstance(event, s.Reserve):
                 self.key = event.key
-                effects = [*effects, *self.note(self.core.reserved(event.key, now))]
+                effects = [*effects, *self.note(self.core.reserved(event.key, now, self.page_bytes))]
         return effects
 
     def receive(self, message: Any, sender: str, now: float = 0.0) -> list[Effect]:
         return self.note(self.core.receive(message, sender, now))
 
     def forward(self, start: int, n: int) -> list[Effect]:
-        return self.receive(m.Forward("s", self.epoch, start, n, rows(start, n)), self.before)
+        return self.receive(m.Forward(self.session, self.epoch, start, n, rows(start, n)), self.before)
 
     def gap(self, expected: int) -> list[Effect]:
-        return self.receive(m.Gap("s", self.epoch, expected), self.behind)
+        return self.receive(m.Gap(self.session, self.epoch, expected), self.behind)
 
     def feed(self, start: int, *tokens: int) -> list[Effect]:
-        return self.receive(m.Feed("s", self.epoch, start, tokens), self.before)
+        return self.receive(m.Feed(self.session, self.epoch, start, tokens), self.before)
 
     def compute(self, token: int | None = None) -> list[Effect]:
         """The engine answers the oldest work."""
@@ -126,7 +136,7 @@ class Hopper:
 
     @property
     def hop(self) -> Any:
-        return self.core._sessions["s"]
+        return self.core._sessions[self.session]
 
     @property
     def last(self) -> bool:
@@ -458,6 +468,112 @@ def test_checkpoints_are_counted_exactly() -> None:
     assert hopper.core.checkpoint_bytes == 3 * ROW
     hopper.receive(m.Release("s", (2, OWNER)), OWNER)
     assert hopper.core.checkpoint_bytes == 0
+
+
+# -- shared pages ------------------------------------------------------------------------------------------------------
+
+PAGED = s.StageConfig(page=2)
+CHAIN = (b"a", b"b")
+
+
+def sharing(at: int, **more: Any) -> tuple[Hopper, Hopper]:
+    """A session that computed its prompt at hop ``at``, and one with the same prompt, of the same node, after it."""
+    ask = more.pop("ask", request())
+    one = Hopper(at, config=PAGED, chain=CHAIN, page_bytes=10)
+    one.gap(0)
+    if at:
+        one.forward(0, 4)
+    one.compute(token=20)
+    other = Hopper(at, core=one.core, session="t", chain=CHAIN, page_bytes=10, ask=ask, **more)
+    return one, other
+
+
+def test_whole_pages_are_kept_as_they_are_computed() -> None:
+    hopper = Hopper(1, config=PAGED, chain=CHAIN, page_bytes=10)
+    hopper.gap(0)
+    hopper.forward(0, 3)
+    assert only(hopper.compute(), t.KeepPages) == t.KeepPages(hopper.key, 2, ((0, 1),))
+    hopper.forward(3, 1)
+    assert only(hopper.compute(), t.KeepPages) == t.KeepPages(hopper.key, 2, ((2, 2),))
+    assert (hopper.core.checkpoint_bytes, hopper.core.held_bytes) == (4 * ROW, 8 * ROW)
+
+
+def test_a_hop_begins_behind_the_pages_and_has_their_rows_for_the_hop_behind() -> None:
+    _, other = sharing(1)
+    assert only(other.opened, t.TakePages) == t.TakePages("t#2", 2, (1, 2))
+    assert only(other.opened, m.Opened) == m.Opened("t", (1, OWNER), 1, 4, 4)
+    assert only(other.opened, m.Gap).expected == 4
+    assert only(other.gap(1), m.Forward) == m.Forward("t", (1, OWNER), 1, 3, rows(1, 3))
+    assert other.forward(2, 2) == []  # it has them
+
+
+def test_a_hop_that_has_more_pages_than_the_hop_behind_wants_sends_what_lacks() -> None:
+    _, other = sharing(1)
+    assert other.gap(6) == []
+    other.forward(4, 4)
+    assert only(other.compute(), m.Forward) == m.Forward("t", (1, OWNER), 6, 2, rows(6, 2))
+
+
+def test_the_first_hop_computes_what_follows_the_pages() -> None:
+    _, other = sharing(0, drawn=(20,), max_positions=64)
+    assert only(other.opened, s.Compute).start == 4
+
+
+def test_the_sampler_begins_before_the_last_token() -> None:
+    _, other = sharing(2)
+    assert only(other.opened, m.Gap).expected == 2
+    assert only(other.forward(2, 2), s.Compute).sample
+
+
+def test_a_sampler_that_is_to_score_the_prompt_computes_all_of_it() -> None:
+    _, other = sharing(2, ask=request(scored=True))
+    assert only(other.opened, m.Gap).expected == 0
+
+
+def test_a_release_names_the_pages_of_the_answer() -> None:
+    hopper = Hopper(1, config=PAGED, chain=CHAIN, page_bytes=10)
+    hopper.gap(0)
+    hopper.forward(0, 4)
+    hopper.compute()
+    hopper.forward(4, 3)
+    hopper.compute()
+    effects = hopper.receive(m.Release("s", (1, OWNER), (*CHAIN, b"c")), OWNER)
+    assert events(effects) == [t.KeepPages(hopper.key, 2, ((4, 3),)), s.Free(hopper.key)]
+    assert (hopper.core.checkpoint_bytes, len(hopper.core.pages)) == (0, 3)
+
+
+def test_past_the_budget_of_checkpoints_pages_go_before_sessions_lose_theirs() -> None:
+    hopper = Hopper(1, config=s.StageConfig(page=2, checkpoint_bytes=5 * ROW), chain=CHAIN, page_bytes=10)
+    hopper.gap(0)
+    hopper.forward(0, 4)
+    assert only(hopper.compute(), t.DropPages) == t.DropPages((2, 1))
+    assert (hopper.core.held_bytes, hopper.core.checkpoints_dropped) == (4 * ROW, 0)
+
+
+def test_a_span_that_is_given_up_takes_its_pages_with_it() -> None:
+    one, _ = sharing(1)
+    assert one.core.set_spans([LayerSpan("toy", 2, 4)]) == []
+    assert events(one.core.set_spans([LayerSpan("toy", 3, 6)])) == [t.DropPages((2, 1))]
+
+
+def test_more_names_than_tokens_are_rejected() -> None:
+    core = s.StageCore(ME, PAGED)
+    core.activate(PLACEMENT)
+    assert rejected(core.receive(opening(1, chain=(*CHAIN, b"c")), OWNER, 0.0), OWNER)
+
+
+def test_a_sequence_that_could_not_go_back_is_computed_anew_and_sent_from_where_it_was_not() -> None:
+    hopper = Hopper(1)
+    hopper.gap(0)
+    hopper.forward(0, 4)
+    hopper.compute()
+    hopper.open(opening(1, counter=2, accepted=3))
+    hopper.gap(3)
+    effects = hopper.note(hopper.core.computed([s.Computed(hopper.key, 0, 0, 0, rewound=True)], 0.0))
+    assert events(effects) == [s.Truncate(hopper.key, 0)]
+    assert only(effects, m.Gap).expected == 0
+    hopper.forward(0, 5)
+    assert only(hopper.compute(), m.Forward) == m.Forward("s", (2, OWNER), 3, 2, rows(3, 2))
 
 
 # -- the sampler -------------------------------------------------------------------------------------------------------
