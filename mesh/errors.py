@@ -47,9 +47,10 @@ class CapacityError(MeshError):
     code = "rate_limit_exceeded"
     kind = "rate_limit_error"
 
-    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
+    def __init__(self, message: str, retry_after_s: float = 1.0, lacking: int = 0) -> None:
+        """``lacking``: bytes of keys and values that would have to be freed; 0: not known, or of no use."""
         super().__init__(message)
-        self.retry_after_s = retry_after_s
+        self.retry_after_s, self.lacking = retry_after_s, lacking
 
 
 class NoRoute(MeshError):

@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 import msgspec
 
 from mesh.errors import ConfigError
-from mesh.types import Role
+from mesh.types import PRIORITIES, Priority, Role
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Exact = Literal["auto", "on", "off"]
@@ -54,6 +54,7 @@ class NodeConfig(msgspec.Struct, frozen=True, kw_only=True):
     balance: str = "latency"
     max_sessions: int = 64
     max_queue: int = 256
+    class_queue: tuple[tuple[Priority, int], ...] = ()
     preset: Literal["auto", "loopback", "lan", "wan"] = "auto"
 
 
@@ -94,6 +95,14 @@ def _count(least: int) -> Callable[[str], int]:
         return int(text)
 
     return parse
+
+
+def parse_class_queue(text: str) -> tuple[Priority, int]:
+    name, _, count = text.partition("=")
+    for priority in PRIORITIES:
+        if name == priority and count.isdigit():
+            return priority, int(count)
+    raise ValueError(f"must be CLASS=N, with CLASS one of {', '.join(PRIORITIES)}")
 
 
 def _one_of(*values: str) -> Callable[[str], str]:
@@ -156,6 +165,9 @@ SETTINGS = (
     Setting("balance", _one_of(*BALANCE), "how routes are chosen [latency]", "POLICY"),
     Setting("max_sessions", _count(1), "streams at once through this entry [64]", "N"),
     Setting("max_queue", _count(0), "requests that may wait; beyond: 429 [256]", "N"),
+    Setting(
+        "class_queue", parse_class_queue, "of them of one class (may be repeated) [--max-queue]", "CLASS=N", many=True
+    ),
     Setting("preset", _one_of("auto", "loopback", "lan", "wan"), "timing of gossip and election [auto]", "PRESET"),
 )
 

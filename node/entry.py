@@ -25,7 +25,7 @@ from mesh.pipeline.journal import Adopt, disclaim, needs_witness
 from mesh.pipeline.prefix import PAGE
 from mesh.pipeline.session import Session
 from mesh.routing import RouteRequest, find_route
-from mesh.types import Hop, NodeId, Route
+from mesh.types import Hop, NodeId, Priority, Route
 from mesh.view import MeshView
 from node.api.service import (
     CancelReason,
@@ -345,6 +345,10 @@ class Entry:
 
     def sessions(self) -> list[LiveGeneration]:
         return list(self._sessions.values())
+
+    def paused(self) -> list[Priority]:
+        """The classes of the sessions here that wait for room in the mesh."""
+        return [g.request.priority for g in self.sessions() if g.session.state is core.State.PAUSED]
 
     # -- the mesh's side -----------------------------------------------------------------------------------------------
 

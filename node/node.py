@@ -312,11 +312,12 @@ class Node:
             port=port,
             max_sessions=self.config.max_sessions,
             max_queue=self.config.max_queue,
+            class_queues=dict(self.config.class_queue),
             names=tuple(filter(None, (urlsplit(self.config.api_advertise).hostname,))),
         )
-        server: ApiServer
-        self.service = NodeService(self, VERSION, lambda: server.api.gate.waiting)
+        self.service = NodeService(self, VERSION)
         server = ApiServer(self.service, settings, self.telemetry)
+        self.gate = server.api.gate
         return server
 
     def _api_tls(self) -> Any:
@@ -478,6 +479,8 @@ class Node:
         if isinstance(event, Adopt):
             self._log.info("adopting", session=event.session, detected_by=event.detected_by)
             self.entry.adopt(event)
+        elif isinstance(event, session_events.Paused):
+            self._log.info("paused", session=event.session, why=event.why)
         elif isinstance(event, FetchPlacement):
             self.peers.election.cast(lambda core, now: core.may_open(event.placement_id, event.peer)[1])
         elif isinstance(event, Rejected):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import msgspec
 from prometheus_client import Counter
 
-from mesh.types import NodeId, NodeProfile
+from mesh.types import PRIORITIES, NodeId, NodeProfile
 from node.boot import remember_peers
 from node.net.address import parse_address
 from node.net.renewal import keep_renewed
@@ -66,12 +66,16 @@ class Presence:
             self._measure()
 
     def _measure(self) -> None:
-        """Gauges for /metrics."""
+        """Gauges for /metrics; and nobody starts before those of their class that are paused."""
         node, telemetry = self._node, self._node.telemetry
-        stats = node.engine.stats()
+        stats, paused = node.engine.stats(), node.entry.paused()
+        node.gate.hold(min(paused, key=PRIORITIES.index, default=None))
+        for priority in PRIORITIES:
+            telemetry.paused.labels(priority).set(paused.count(priority))
         pages = node.stage.core.pages
         telemetry.checkpoint_bytes.set(node.stage.core.held_bytes)
         telemetry.prefix_bytes.set(stats.shared_bytes + pages.row_bytes)
+        self._count(telemetry.preemptions, node.stage.core.preemptions)
         self._count(telemetry.prefix_queries, pages.looked_up)
         self._count(telemetry.prefix_hits, pages.found)
         self._count(telemetry.rows, stats.rows)

@@ -7,7 +7,6 @@ import hmac
 import re
 import secrets
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,9 +35,9 @@ CANCEL_S = 2.0
 class NodeService:
     """The API's view of one ``Node``."""
 
-    def __init__(self, node: Node, version: str, waiting: Callable[[], int]) -> None:
+    def __init__(self, node: Node, version: str) -> None:
         self.name, self.version = node.config.name, version
-        self._node, self._waiting = node, waiting
+        self._node = node
         self._tokenizers = Tokenizers()
         node.peers.door.on_rpc("cancel", self._on_cancel)
 
@@ -147,7 +146,8 @@ class NodeService:
             version=core.committed.id.version,
             term=core.committed.id.term,
             sessions=self._node.entry.sessions(),
-            waiting=self._waiting(),
+            waiting=self._node.gate.waiting_by_class(),
+            limits=self._node.gate.limits(),
             addresses={member.node: member.address for member in self._node.peers.swim.members()},
         )
 

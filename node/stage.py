@@ -126,13 +126,13 @@ class StageService:
         )
         now = self._clock()
         try:
-            self._engine.open(spec)
+            room = self._engine.open(spec)
         except CapacityError as error:
-            return self.core.refused(ask.key, "busy", str(error), error.retry_after_s or 1.0)
+            return self.core.refused(ask.key, "busy", str(error), error.retry_after_s or 1.0, error.lacking)
         except MeshError as error:
             return self.core.refused(ask.key, "not_held", str(error), 0.5)
         page_bytes = self._engine.page_bytes(ask.key, self.core.config.page)
-        return [*self.core.reserved(ask.key, now, page_bytes), *self.core.evict(self._engine.excess)]
+        return [*self.core.reserved(ask.key, now, page_bytes, room), *self.core.evict(self._engine.excess)]
 
     def _compute(self, work: Compute) -> list[Effect]:
         if work.hidden is not None:

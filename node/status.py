@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from mesh.types import LayerSpan, NodeProfile
+from mesh.pipeline.events import State
+from mesh.types import LayerSpan, NodeProfile, Priority
 from mesh.view import MemberView, MeshView
 from node.advice import failover_gap
 from node.entry import LiveGeneration
@@ -20,10 +21,12 @@ def status_document(
     version: int,
     term: int,
     sessions: list[LiveGeneration],
-    waiting: int,
+    waiting: dict[Priority, int],
+    limits: dict[Priority, int],
     addresses: dict[str, str],
 ) -> dict[str, Any]:
     """Names as in docs/protocol.md; ``placement.term`` and ``version`` are those of the committed record."""
+    paused = sum(generation.session.state is State.PAUSED for generation in sessions)
     living = {member.id for member in view.members if member.present}
     return {
         "mesh_id": mesh_id,
@@ -52,8 +55,10 @@ def status_document(
         },
         "survivability": {model: {"nodes_that_may_fail": max(0, n)} for model, n in view.survivability().items()},
         "sessions": {
-            "running": len(sessions),
-            "waiting": waiting,
+            "running": len(sessions) - paused,
+            "paused": paused,
+            "waiting": sum(waiting.values()),
+            "classes": {each: {"waiting": waiting[each], "limit": limits[each]} for each in waiting},
             "items": [_session(generation) for generation in sessions],
         },
     }
@@ -106,6 +111,7 @@ def _session(generation: LiveGeneration) -> dict[str, Any]:
         "model": session.request.model,
         "class": session.request.priority,
         "state": session.state.value,
+        "waits_for": session.waits_for or None,
         "entry": session.me,
         "route": [{"node": hop.node, "start": hop.start, "end": hop.end} for hop in route.hops] if route else [],
         "tokens": len(session.drawn),

@@ -25,9 +25,19 @@ def print_status(document: dict[str, Any], *, clear: bool = False) -> None:
     console.print(_members(document))
     console.print(_models(document, names))
     items = document["sessions"]["items"]
-    console.print(f"sessions: {document['sessions']['running']} running, {document['sessions']['waiting']} waiting")
+    console.print(_load(document["sessions"]))
     if items:
         console.print(_sessions(items, names))
+
+
+def _load(sessions: dict[str, Any]) -> str:
+    """How many run, are paused and wait, and where places were taken back."""
+    told = f"sessions: {sessions['running']} running, {sessions['paused']} paused, {sessions['waiting']} waiting"
+    classes = sessions["classes"]
+    waiting = ", ".join(f"{each['waiting']} {name}" for name, each in classes.items() if each["waiting"])
+    most = max(each["limit"] for each in classes.values())
+    cut = ", ".join(f"{name} from {each['limit']} on" for name, each in classes.items() if each["limit"] < most)
+    return told + (f" ({waiting})" if waiting else "") + (f"; the mesh is short of room: waiting {cut}" if cut else "")
 
 
 def _members(document: dict[str, Any]) -> Table:
@@ -61,9 +71,9 @@ def _models(document: dict[str, Any], names: dict[str, str]) -> Table:
 
 
 def _sessions(items: list[dict[str, Any]], names: dict[str, str]) -> Table:
-    table = Table("SESSION", "MODEL", "CLASS", "ROUTE", "TOKENS", "RECOVERIES", box=None, pad_edge=False)
+    table = Table("SESSION", "MODEL", "CLASS", "STATE", "ROUTE", "TOKENS", "RECOVERIES", box=None, pad_edge=False)
     for item in items:
         hops = " ".join(f"{names.get(h['node'], h['node'][:8])}[{h['start']}:{h['end']}]" for h in item["route"])
-        what = (escape(item["id"]), escape(item["model"]), item["class"])
+        what = (escape(item["id"]), escape(item["model"]), item["class"], item["state"])
         table.add_row(*what, hops, str(item["tokens"]), str(len(item["recoveries"])))
     return table

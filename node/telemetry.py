@@ -37,6 +37,8 @@ class Telemetry:
     def _requests(self) -> None:
         self.running = self._gauge("num_requests_running", "Generations that hold a slot at this node")
         self.waiting = self._gauge("num_requests_waiting", "Generations in this node's queue", "class")
+        self.limit = self._gauge("admission_limit", "Generations that run at once before a class waits", "class")
+        self.paused = self._gauge("num_requests_paused", "Generations that wait for room in the mesh", "class")
         self.time_to_first_token = self._histogram(
             "time_to_first_token_seconds", "From the request's arrival to its first token", FIRST_TOKEN_BUCKETS
         )

@@ -7,6 +7,7 @@ from typing import Literal
 
 import msgspec
 
+from mesh.pipeline.messages import SessionId
 from mesh.pipeline.prefix import PAGE
 from mesh.types import Hop, NodeId
 
@@ -39,12 +40,17 @@ class SessionConfig(msgspec.Struct, frozen=True):
     """A hop that was lost is not chosen again for this long ..."""
     forgive_s: float = 2.0
     """... or, where nobody else holds its layers, for this long."""
+    pause_s: float = 0.25
+    """A session without room tries again after this long, and each time that there is none after twice as long ..."""
+    pause_max_s: float = 4.0
+    """... up to this."""
 
 
 class State(Enum):
     ROUTING = "routing"
     OPENING = "opening"
     RUNNING = "running"
+    PAUSED = "paused"
     ENDED = "ended"
 
 
@@ -85,6 +91,14 @@ class PromptScored(msgspec.Struct, frozen=True):
 
     start: int
     rows: tuple[tuple[float, tuple[tuple[int, float], ...]], ...]
+
+
+class Paused(msgspec.Struct, frozen=True):
+    """There is no room for the session now: its tokens and checkpoints are kept, and it goes on when there is.  Told
+    once until the next token."""
+
+    session: SessionId
+    why: str
 
 
 class Recovered(msgspec.Struct, frozen=True):

@@ -5,7 +5,7 @@ The token drawn from the output of position ``p`` is token ``p + 1``.
 
 The ring of one session::
 
-    owner ──Open, Ack, Progress, Release──► every hop        hop ──Opened, Refused, Progressing──► owner
+    owner ──Open, Ack, Progress, Park, Release──► every hop   hop ──Opened, Refused, Progressing──► owner
     hop i ──Forward──► hop i + 1            hop i + 1 ──Gap──► hop i       ("send me from this position on")
     sampler ──Token──► owner                sampler ──Feed──► hop 0        (one leg less for each token)
 
@@ -71,6 +71,19 @@ def finish_reason(request: SessionRequest, tokens: Sequence[int], start: int = 0
     return "length" if drawn >= sampling.max_tokens else None
 
 
+RefusalCode = Literal[
+    "busy",
+    "paused",
+    "stale_placement",
+    "unknown_placement",
+    "not_held",
+    "unknown_session",
+    "failed",
+    "dead_end",
+]
+"""``busy``: no room; ``paused``: its room was given to a higher class.  Both come back with time."""
+
+
 class PipelineMessage(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """Every message names its session and the epoch that it belongs to."""
 
@@ -118,6 +131,11 @@ class Progress(PipelineMessage, frozen=True):
     accepted: int
 
 
+class Park(PipelineMessage, frozen=True):
+    """The session waits for room: give up its keys and values, keep its journal and checkpoints.  The next Open of a
+    newer epoch takes room again and rebuilds them."""
+
+
 class Release(PipelineMessage, frozen=True):
     """The session ended: free everything.  The pages that ``chain`` names may be of use to the next one."""
 
@@ -150,7 +168,7 @@ class Refused(PipelineMessage, frozen=True):
     """The hop does not serve the session (any more)."""
 
     hop: int
-    code: Literal["busy", "stale_placement", "unknown_placement", "not_held", "unknown_session", "failed", "dead_end"]
+    code: RefusalCode
     why: str
     retry_after_s: float = 1.0
 
@@ -225,7 +243,7 @@ class Feed(PipelineMessage, frozen=True):
     tokens: tuple[int, ...]
 
 
-ToStage = Open | Ack | Progress | Release | Disown | Lease | Forward | Gap | Feed
+ToStage = Open | Ack | Progress | Park | Release | Disown | Lease | Forward | Gap | Feed
 ToSession = Opened | Refused | Progressing | Token | PromptLogprobs | Held | Ahead
 Pipeline = ToStage | ToSession
 TO_SESSION = (Opened, Refused, Progressing, Token, PromptLogprobs, Held, Ahead)

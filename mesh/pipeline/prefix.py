@@ -150,7 +150,9 @@ class Prefix:
         if self._checkpoints is not None:
             for index, page in enumerate(found):
                 assert page.rows is not None
-                self._checkpoints.append(Segment(index * pages.size, pages.size, page.rows))
+                rows = Segment(index * pages.size, pages.size, page.rows)
+                if rows.end > self._checkpoints.end:  # a session that was parked kept its own
+                    self._checkpoints.append(rows.slice(max(rows.start, self._checkpoints.end), rows.end))
         return [Emit(TakePages(self._key, pages.size, tuple(page.number for page in found)))]
 
     def keep(self, done: int) -> list[Effect]:

@@ -5,13 +5,19 @@ All transitions of a session are in this file::
                  follow                     every hop Opened
     ROUTING ─────────────► OPENING ──────────────────────────► RUNNING ───────────► ENDED
        ▲                      │ refused, silent, lost             │ refused, silent, stuck, lost
-       └──────────────────────┴───────────────────────────────────┘
+       ├──────────────────────┴───────────────────────────────────┘
+       └─────────────► PAUSED ─────► ROUTING
+          no room          later
 
 Opening, re-opening, recovering and adopting are one act: a new epoch, a route that keeps every surviving hop, an
 ``Open`` to all.  The hops then agree among themselves on what is missing (mesh/pipeline/stage.py).
 
 Who adopts starts from its journal.  A hop that knows more answers ``Ahead``: tokens are taken over and the claim made
 again; where a newer epoch is followed by a living owner, this one yields.  So does an owner that was only frozen.
+
+A hop without room (it is busy, or gave the room to a higher class) costs no retry.  Where no other has any either, a
+session that has begun is paused: every hop gives up its keys and values, so that nobody holds room while it waits for
+room, and the next epoch rebuilds them from checkpoints and tokens.
 
 A token is shown when another node than this one holds it.  The sampler knew it first, so that mostly costs nothing;
 where the sampler is here, hop 0's word is awaited, and where that is here too, a witness's.
@@ -35,6 +41,7 @@ from mesh.pipeline.events import (
     FailureCode,
     Moved,
     NeedRoute,
+    Paused,
     PromptScored,
     Recovered,
     Recovery,
@@ -81,6 +88,8 @@ class Session:
         self.recoveries: list[Recovery] = []
         self.shared = 0
         """Positions whose computation every hop of the first route was spared."""
+        self.waits_for = ""
+        """Of a paused session: why there is no room."""
         self._rng = rng
         self._placement_id: m.PlacementId = (0, 0)
         self._chain: Chain = ()
@@ -94,7 +103,11 @@ class Session:
         """... and those that every ``Open`` of this epoch brought to its journal's holders."""
         self._suspects: dict[NodeId, float] = {}
         self._busy: m.Refused | None = None
-        """The last full hop, while nothing has begun: why there is no route, if there is none."""
+        """The last full hop of this attempt: why there is no route, if there is none."""
+        self._refusals = 0
+        """Hops that had no room for what had not begun."""
+        self._pauses = 0
+        """In a row, without a token between them."""
         self._visited: dict[NodeId, None] = {}
         self._incident: _Incident | None = None
         self._retries = 0
@@ -202,6 +215,8 @@ class Session:
             return self._fail("no_route", why)
         lost_before = now + self.config.suspect_s - self.config.forgive_s
         self._suspects = {node: until for node, until in self._suspects.items() if until > lost_before}
+        if self._busy is not None:
+            return self._pause(self._busy.why, now)
         self._retry_at = now + self._backoff()
         return []
 
@@ -224,7 +239,7 @@ class Session:
         """Somebody else found ``node`` dead: a connection reset, gossip."""
         if self.state is State.ENDED or self.route is None:
             return []
-        if self.state is State.ROUTING:
+        if self.state in (State.ROUTING, State.PAUSED):
             self._suspects[node] = now + self.config.suspect_s
             return []
         index = self._index_of(node)
@@ -234,7 +249,7 @@ class Session:
         if message.session != self.id or self.state is State.ENDED:
             return []
         index = self._index_of(sender)
-        if message.epoch != self.epoch or self.state is State.ROUTING:
+        if message.epoch != self.epoch or self.state in (State.ROUTING, State.PAUSED):
             # Who holds a journal of an epoch that it is no longer part of would adopt it one day.
             stale = isinstance(message, m.Held) and message.epoch < self.epoch and index < 0
             return [Send(sender, m.Release(self.id, self.epoch))] if stale else []
@@ -324,6 +339,7 @@ class Session:
         self.state = State.RUNNING
         self._resend_at = self._open_by = None
         self._acked = self.accepted
+        self._busy, self.waits_for = None, ""
         self._held = max(self._held, self._claimed)
         hops = [self._opened[index] for index in range(len(self.route.hops))]
         self.shared = max(self.shared, min(hop.shared for hop in hops))
@@ -344,7 +360,7 @@ class Session:
             return self._fail("dead_end", message.why)
         if message.code in ("stale_placement", "unknown_placement"):
             return self._again(message, now)
-        if message.code == "busy" and self._incident is None and not self._begun:
+        if message.code in ("busy", "paused"):
             return self._elsewhere(index, message, now)
         return self._lose(index, message.code, "refusal", now, message.why)
 
@@ -359,14 +375,28 @@ class Session:
         return []
 
     def _elsewhere(self, index: int, message: m.Refused, now: float) -> list[Effect]:
-        """A full hop at the start: try another route; when none is left the driver's ``busy`` ends it."""
+        """A full hop: try another route.  When none is left what has not begun is refused, what has is paused."""
         assert self.route is not None
-        self._retries += 1
         self._busy = message
-        self._suspects[self.parties[index]] = now + message.retry_after_s
-        if self._retries > self.request.max_retries:
+        self._suspects[self.parties[index]] = now + max(message.retry_after_s, self.config.pause_s)
+        if self._begun or self._incident is not None:
+            if self._incident is None:
+                self._incident = _Incident(message.code, index, "refusal", now)
+            return self._need_route(now)
+        self._refusals += 1
+        if self._refusals > self.request.max_retries:
             return self._fail("busy", message.why, message.retry_after_s)
         return [*self._release_all(), *self._need_route(now)]
+
+    def _pause(self, why: str, now: float) -> list[Effect]:
+        assert self.route is not None
+        self.state, self._busy, self.waits_for = State.PAUSED, None, why
+        wait = min(self.config.pause_max_s, self.config.pause_s * float(1 << min(self._pauses, 10)))
+        self._pauses += 1
+        told = [Emit(Paused(self.id, why))] if self._pauses == 1 else []
+        self._retry_at = now + wait * self._rng.uniform(0.5, 1.0)
+        parked = [Send(hop.node, m.Park(self.id, self.epoch)) for hop in self.route.hops]
+        return [*parked, *told]
 
     # -- other owners --------------------------------------------------------------------------------------------------
 
@@ -435,7 +465,7 @@ class Session:
         if self._incident is None and self.drawn:
             self._gaps.append(now - self._last_token_at)
         self._last_token_at = now
-        self._retries, self._rounds, self._patience = 0, 0, 1.0
+        self._retries, self._pauses, self._rounds, self._patience = 0, 0, 0, 1.0
         self._silent_at = None
         self._stall_at = now + self._token_deadline()
         return self._recovered(now)

@@ -10,6 +10,9 @@ All transitions of a hop's session are in this file.  A session at a hop is one 
 There is no prefill, no decode and no replay here, only positions computed catching up with positions wanted.
 The hop behind says from where it wants them (``Gap``); a hop that no longer has what is asked for rolls itself back
 and asks the hop before.  So opening, losing a frame and rebuilding a dead neighbour are the same few lines.
+
+A parked session holds no keys and values here, only its checkpoints and journal.  Where there is no room for a higher
+class, sessions of lower ones are parked (mesh/pipeline/preemption.py); their owners open them again later.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from mesh.pipeline import messages as m
 from mesh.pipeline.checkpoints import Checkpoints, Segment
 from mesh.pipeline.early import EarlyFrames
 from mesh.pipeline.journal import Journal, JournalConfig, Journals
+from mesh.pipeline.preemption import victims
 from mesh.pipeline.prefix import PAGE, Pages, Prefix
 from mesh.pipeline.work import Compute, Computed, FetchPlacement, Free, Reserve, Truncate
 from mesh.types import Hop, LayerSpan, NodeId, SamplingParams
@@ -50,10 +54,11 @@ class StageConfig(msgspec.Struct, frozen=True):
 class _Hop:
     """One session at this hop."""
 
-    def __init__(
-        self, message: m.Open, journal: Journal | None, key: str, now: float, pages: Pages, page_bytes: int
-    ) -> None:
-        self.key = key
+    def __init__(self, message: m.Open, journal: Journal | None, now: float, pages: Pages) -> None:
+        self.key = ""
+        """Of its sequence in the engine; empty: it is parked ..."""
+        self.room = 0
+        """... and the bytes that its keys and values take otherwise."""
         self.tag = 0
         self.submitted = 0
         self.done = 0
@@ -61,8 +66,7 @@ class _Hop:
         self.acked = 0
         self.asked = -1
         self.checkpoints = Checkpoints()
-        last = message.hop == len(message.route.hops) - 1
-        self.prefix = Prefix(pages, _span(message), key, page_bytes, None if last else self.checkpoints)
+        self.prefix = Prefix(pages, _span(message), "", 0, None)
         self.scores: dict[int, tuple[float, tuple[tuple[int, float], ...]]] = {}
         """Position -> (logprob, top) of the tokens drawn here that the owner may not have yet, in order."""
         self.follow(message, journal, now)
@@ -81,6 +85,24 @@ class _Hop:
         self.asked = -1
         self.scores = {}
         self.acked = max(self.acked, message.accepted)
+
+    def take_room(self, key: str, room: int, pages: Pages, page_bytes: int) -> None:
+        """There is a sequence for it in the engine, which holds nothing yet."""
+        self.key, self.room = key, room
+        checkpoints = None if self.last else self.checkpoints
+        self.prefix = Prefix(pages, _span(self.open), key, page_bytes, checkpoints)
+        self.prefix.chain = self.open.chain
+
+    def give_up_room(self) -> None:
+        """Nothing is computed here any more; what was, has to be again."""
+        self.key, self.room = "", 0
+        self.submitted = self.done = 0
+        self.sent = None
+        self.tag += 1
+
+    @property
+    def parked(self) -> bool:
+        return not self.key
 
     @property
     def owner(self) -> NodeId:
@@ -117,6 +139,8 @@ class StageCore:
         self.checkpoint_bytes = 0
         self.checkpoints_dropped = 0
         self.pages = Pages(self.config.page)
+        self.preemptions = 0
+        """Sessions that were parked for others of a higher class."""
         self._spans: tuple[LayerSpan, ...] = ()
         self._sessions: dict[m.SessionId, _Hop] = {}
         self._keys: dict[str, m.SessionId] = {}
@@ -131,6 +155,7 @@ class StageCore:
             m.Feed: self._on_feed,
             m.Ack: self._on_ack,
             m.Progress: self._on_progress,
+            m.Park: self._on_park,
         }
 
     # -- reading -------------------------------------------------------------------------------------------------------
@@ -167,6 +192,7 @@ class StageCore:
         return any(
             hop.open.route.model == span.model and _mine(hop.open).start < span.end and span.start < _mine(hop.open).end
             for hop in self._sessions.values()
+            if not hop.parked
         )
 
     def receive(self, message: m.ToStage, sender: NodeId, now: float) -> list[Effect]:
@@ -188,6 +214,8 @@ class StageCore:
         hop = self._sessions.get(message.session)
         if hop is None:
             return self._as_witness(message, sender, now)
+        if hop.parked:
+            return self._while_parked(hop, message, sender)
         return self._handlers[type(message)](hop, message, sender)
 
     def tick(self, now: float) -> list[Effect]:
@@ -206,13 +234,19 @@ class StageCore:
         """A connection to ``node`` was reset and could not be made again, or gossip holds it dead."""
         return self.journals.lost(node, cause, now)
 
-    def reserved(self, key: str, now: float, page_bytes: int = 0) -> list[Effect]:
-        """The driver's answer to ``Reserve``: there is room.  ``page_bytes``: of a page of it; 0: none can be kept."""
+    def reserved(self, key: str, now: float, page_bytes: int = 0, room: int = 0) -> list[Effect]:
+        """The driver's answer to ``Reserve``: there is room, of which ``room`` bytes are taken.  ``page_bytes``: of a
+        page of it; 0: none can be kept."""
         message = self._reserving.pop(key, None)
         if message is None:  # released meanwhile
             return [Emit(Free(key))]
-        hop = _Hop(message, self._journal_of(message, now), key, now, self.pages, page_bytes)
-        self._sessions[message.session] = hop
+        hop = self._sessions.get(message.session)
+        if hop is None:
+            hop = self._sessions[message.session] = _Hop(message, self._journal_of(message, now), now, self.pages)
+        else:  # it was parked: its checkpoints are good as far as its tokens are
+            hop.follow(message, self._journal_of(message, now), now)
+            self._trim(hop, message.accepted)
+        hop.take_room(key, room, self.pages, page_bytes)
         self._keys[key] = message.session
         return [*self._begin(hop), *self._opened(message.session, hop, now)]
 
@@ -220,11 +254,20 @@ class StageCore:
         """The engine needs so many bytes of what shared pages take."""
         return self.pages.evict(bytes_)
 
-    def refused(self, key: str, code: Literal["busy", "not_held"], why: str, retry_after_s: float) -> list[Effect]:
-        """The driver's other answer to ``Reserve``: there is none."""
-        message = self._reserving.pop(key, None)
+    def refused(
+        self, key: str, code: Literal["busy", "not_held"], why: str, retry_after_s: float, lacking: int = 0
+    ) -> list[Effect]:
+        """The driver's other answer to ``Reserve``: there is none.  ``lacking``: bytes that would have to be freed; 0:
+        that is not known, or would be of no use."""
+        message = self._reserving.get(key)
         if message is None:
             return []
+        if code == "busy" and lacking > 0:
+            found = victims(self._sessions, message.priority, lacking)
+            if found:
+                parked = [effect for session in found for effect in self._preempt(session)]
+                return [*parked, self._ask_room(key, message)]
+        del self._reserving[key]
         answer = m.Refused(message.session, message.epoch, message.hop, code, why, retry_after_s)
         return [Send(message.epoch[1], answer)]
 
@@ -252,7 +295,7 @@ class StageCore:
         if any(o.session == message.session and o.epoch >= message.epoch for o in self._reserving.values()):
             return []  # sent again, while the engine is still being asked
         if hop is not None and message.epoch == hop.epoch:
-            return self._opened(message.session, hop, now)
+            return [self._paused(message.session, hop)] if hop.parked else self._opened(message.session, hop, now)
         journal = self.journals.get(message.session)
         if known is not None and (message.epoch < known or (journal is not None and journal.has_more(message))):
             return self._ahead(message.session, message.epoch, known)
@@ -264,6 +307,8 @@ class StageCore:
             fetch = [Emit(FetchPlacement(sender, message.placement_id))] if refusal.code == "unknown_placement" else []
             return [*fetch, Send(sender, refusal)]
         if hop is not None and self._same_place(hop, message):
+            if hop.parked:
+                return self._reserve(message)
             return [*self._resume(hop, message, now), *self._opened(message.session, hop, now)]
         freed = self._free(message.session) if hop is not None else []
         return [*freed, *self._reserve(message)]
@@ -341,6 +386,10 @@ class StageCore:
         self._serial += 1
         key = f"{message.session}#{self._serial}"
         self._reserving[key] = message
+        return [self._ask_room(key, message)]
+
+    @staticmethod
+    def _ask_room(key: str, message: m.Open) -> Emit:
         mine, last = _mine(message), message.hop == len(message.route.hops) - 1
         sampling: SamplingParams | None = None
         tokens: tuple[int, ...] = ()
@@ -349,7 +398,7 @@ class StageCore:
             sampling, tokens = message.request.sampling, (*message.request.prompt, *message.drawn)
         hops = len(message.route.hops)
         room = (message.max_positions, message.priority, hops)
-        return [Emit(Reserve(key, message.route.model, mine.start, mine.end, *room, sampling, tokens))]
+        return Emit(Reserve(key, message.route.model, mine.start, mine.end, *room, sampling, tokens))
 
     def _begin(self, hop: _Hop) -> list[Effect]:
         """Behind the pages that are held here; the sampler before the last token, or before all that it is to score."""
@@ -357,6 +406,7 @@ class StageCore:
         if hop.last:
             assert hop.journal is not None
             most = 0 if hop.journal.request.prompt_logprobs else most - 1
+        self.checkpoint_bytes -= hop.checkpoints.bytes
         effects = hop.prefix.take(most)
         hop.submitted = hop.done = hop.prefix.length
         self.checkpoint_bytes += hop.checkpoints.bytes
@@ -372,6 +422,7 @@ class StageCore:
         """Keep what follows from the accepted tokens.  The sampler's last position is computed again, to draw."""
         hop.follow(message, self._journal_of(message, now), now)
         keep = message.accepted - 1 if hop.last else message.accepted
+        self._trim(hop, keep)
         # Always void what is under way: its results may rest on tokens that were never accepted.
         return self._cut(hop, min(keep, hop.done))
 
@@ -430,9 +481,40 @@ class StageCore:
         hop = self._sessions.pop(session, None)
         if hop is None:
             return []
-        del self._keys[hop.key]
         self.checkpoint_bytes -= hop.checkpoints.drop()
-        return [Emit(Free(hop.key))]
+        return self._give_up_room(hop)
+
+    # -- parking -------------------------------------------------------------------------------------------------------
+
+    def _give_up_room(self, hop: _Hop) -> list[Effect]:
+        if hop.parked:
+            return []
+        key = hop.key
+        del self._keys[key]
+        hop.give_up_room()
+        return [Emit(Free(key))]
+
+    def _preempt(self, session: m.SessionId) -> list[Effect]:
+        """Its room is needed for a higher class."""
+        hop = self._sessions[session]
+        self.preemptions += 1
+        return [*self._give_up_room(hop), self._paused(session, hop)]
+
+    @staticmethod
+    def _paused(session: m.SessionId, hop: _Hop) -> Send:
+        why = "its room was given to sessions of a higher class"
+        return Send(hop.owner, m.Refused(session, hop.epoch, hop.index, "paused", why))
+
+    def _on_park(self, hop: _Hop, message: m.Park, sender: NodeId) -> list[Effect]:
+        if sender != hop.owner:
+            return [Emit(Rejected(sender, "parks another owner's session"))]
+        return self._give_up_room(hop)
+
+    def _while_parked(self, hop: _Hop, message: m.PipelineMessage, sender: NodeId) -> list[Effect]:
+        """Frames are of no use; an owner that asks has not heard, or not of all hops."""
+        if isinstance(message, m.Progress) and sender == hop.owner:
+            return [self._paused(message.session, hop)]
+        return []
 
     # -- the flow of positions -----------------------------------------------------------------------------------------
 
@@ -496,24 +578,23 @@ class StageCore:
             return [*hop.prefix.keep(hop.done), *self._on_drawn(session, hop, result)]
         assert result.hidden is not None
         # A copy: a view would keep the whole packed step alive, with the rows of every other session in it.
-        own = memoryview(bytes(result.hidden))
-        hop.checkpoints.append(Segment(result.start, result.n, own))
-        self.checkpoint_bytes += len(own)
+        own = Segment(result.start, result.n, memoryview(bytes(result.hidden)))
+        if own.end > hop.checkpoints.end:  # what is computed again after parking may be kept already
+            own = own.slice(max(own.start, hop.checkpoints.end), own.end)
+            hop.checkpoints.append(own)
+            self.checkpoint_bytes += len(own.payload)
         return [*hop.prefix.keep(hop.done), *self._flush(session, hop)]
 
     def _rewind(self, session: m.SessionId, hop: _Hop) -> list[Effect]:
         """The engine does not have what it was to keep: all is computed again, and sent from where it was not yet."""
-        sent = hop.sent
-        effects = self._cut(hop, 0)
-        hop.sent = sent
-        return [*effects, *self._want(session, hop)]
+        return [*self._cut(hop, 0), *self._want(session, hop)]
 
     def _flush(self, session: m.SessionId, hop: _Hop) -> list[Effect]:
-        """Send what is computed and the hop behind does not have yet."""
-        if hop.sent is None or hop.sent >= hop.done:
+        """Send what is known and the hop behind does not have yet."""
+        if hop.sent is None or hop.sent >= hop.checkpoints.end:
             return []
         pieces = hop.checkpoints.read(hop.sent)
-        hop.sent = hop.done
+        hop.sent = hop.checkpoints.end
         return [Send(hop.behind, m.Forward(session, hop.epoch, p.start, p.n, p.payload)) for p in pieces]
 
     def _on_drawn(self, session: m.SessionId, hop: _Hop, result: Computed) -> list[Effect]:
@@ -544,7 +625,8 @@ class StageCore:
         if message.expected >= hop.checkpoints.start:
             return self._flush(message.session, hop)
         # The budget took them: compute them again from what the hop before kept, at worst from the tokens.
-        return [*self._cut(hop, message.expected), *self._want(message.session, hop)]
+        self._trim(hop, message.expected)
+        return [*self._cut(hop, min(message.expected, hop.done)), *self._want(message.session, hop)]
 
     def _on_feed(self, hop: _Hop, message: m.Feed, sender: NodeId) -> list[Effect]:
         if not hop.first or sender != hop.before:
@@ -587,16 +669,17 @@ class StageCore:
 
     # -- rolling back, and the budget ----------------------------------------------------------------------------------
 
-    def _cut(self, hop: _Hop, length: int) -> list[Effect]:
-        """Keep positions [0, length) and void everything under way."""
+    def _trim(self, hop: _Hop, length: int) -> None:
+        """Keep the checkpoints of positions [0, length)."""
         self.checkpoint_bytes -= hop.checkpoints.bytes
-        if not hop.last:
-            hop.checkpoints.cut(length)
+        hop.checkpoints.cut(length)
         self.checkpoint_bytes += hop.checkpoints.bytes
         hop.prefix.cut(length)
+
+    def _cut(self, hop: _Hop, length: int) -> list[Effect]:
+        """Keep the keys and values of positions [0, length) and void everything under way."""
         hop.tag += 1
         hop.submitted = hop.done = length
-        hop.sent = None if hop.sent is None else min(hop.sent, length)
         return [Emit(Truncate(hop.key, length))]
 
     def _keep_budget(self) -> list[Effect]:

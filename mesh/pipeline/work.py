@@ -9,7 +9,8 @@ from mesh.types import NodeId, Priority, SamplingParams
 
 
 class Reserve(msgspec.Struct, frozen=True):
-    """Reserve room in the engine, then call ``StageCore.reserved`` or ``StageCore.refused``."""
+    """Reserve room in the engine, then call ``StageCore.reserved`` or ``StageCore.refused``, which may ask again once
+    it has freed some."""
 
     key: str
     model: str

@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 import secrets
 import time
+from collections.abc import Mapping
 
 from aiohttp import web
 
+from mesh.types import Priority
 from node.api.admission import AdmissionGate
 from node.api.guard import Guard
 from node.api.service import Caller, Service
@@ -24,6 +26,8 @@ class ApiSettings:
         port: int = 0,
         max_sessions: int = 64,
         max_queue: int = 64,
+        class_queues: Mapping[Priority, int] | None = None,
+        patience_s: float = 5.0,
         names: tuple[str, ...] = (),
         origins: tuple[str, ...] = (),
         keepalive_s: float = 10.0,
@@ -35,6 +39,10 @@ class ApiSettings:
     ) -> None:
         self.host, self.port = host, port
         self.max_sessions, self.max_queue = max_sessions, max_queue
+        self.class_queues = class_queues
+        """How many of a class may wait, where that is less than ``max_queue``."""
+        self.patience_s = patience_s
+        """How long a request that has not begun waits for layers that are on the move, or for room in the mesh."""
         self.names, self.origins = names, origins
         """Further Host names (of the advertised URL, say) and Origins that are let in."""
         self.keepalive_s = keepalive_s
@@ -55,7 +63,7 @@ class Api:
 
     def __init__(self, service: Service, settings: ApiSettings, telemetry: Telemetry) -> None:
         self.service, self.settings, self.telemetry = service, settings, telemetry
-        self.gate = AdmissionGate(settings.max_sessions, settings.max_queue)
+        self.gate = AdmissionGate(settings.max_sessions, settings.max_queue, settings.class_queues)
         self.guard = Guard(settings.host, settings.names, settings.origins)
         self.started = int(time.time())
 

@@ -17,6 +17,7 @@ import msgspec
 from mesh.errors import MeshError, RequestError, SessionLost
 from node.api.calls import CallPiece, CallReader
 from node.api.context import Api
+from node.api.opening import let_in
 from node.api.service import EndEvent, Event, Generation, GenerationRequest, PromptEvent, Recovery, TokenEvent, Top
 from node.api.structured import Structure
 from node.text.detokenize import ChoiceText
@@ -214,10 +215,10 @@ class Run:
                 return await self._drive(choice, self._attached[choice.index])
             async with self._parallel:
                 async with asyncio.timeout(request.timeout_s) as waiting:
-                    async with self._api.gate.slot(request.priority, sibling=choice.index > 0):
+                    async with let_in(self._api, request, sibling=choice.index > 0) as generation:
                         waiting.reschedule(None)
                         self._api.telemetry.queue_time.observe(time.monotonic() - self._started)
-                        await self._drive(choice, await self._api.service.open(request))
+                        await self._drive(choice, generation)
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if task is None or task.cancelling():

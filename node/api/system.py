@@ -46,6 +46,8 @@ async def metrics(request: web.Request) -> web.Response:
     api.telemetry.running.set(api.gate.running)
     for priority, count in api.gate.waiting_by_class().items():
         api.telemetry.waiting.labels(priority).set(count)
+    for priority, limit in api.gate.limits().items():
+        api.telemetry.limit.labels(priority).set(limit)
     return web.Response(body=api.telemetry.render(), headers={"Content-Type": CONTENT_TYPE})
 
 

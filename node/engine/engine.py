@@ -180,8 +180,8 @@ class Engine:
 
     # -- sequences -----------------------------------------------------------------------------------------------------
 
-    def open(self, spec: SequenceSpec) -> None:
-        """Reserve room for all of ``spec.max_positions``, so that the sequence is never stopped for memory.
+    def open(self, spec: SequenceSpec) -> int:
+        """Reserve room for all of ``spec.max_positions``, so that the sequence is never stopped for memory; the bytes.
 
         Raises ``StalePlacement`` when the layers are not held here, ``CapacityError`` when there is no room.
         """
@@ -190,9 +190,10 @@ class Engine:
             raise StalePlacement(f"layers [{spec.start}, {spec.end}) of {spec.model} are not held here")
         assert self._runner is not None
         a, b = spec.start - loaded.span.start, spec.end - loaded.span.start
-        self._budget.reserve(spec.key, spec.max_positions, sum(loaded.layer_bytes[a:b]))
+        room = self._budget.reserve(spec.key, spec.max_positions, sum(loaded.layer_bytes[a:b]))
         self._open[spec.key] = spec
         self._runner.post(self._runner.open, spec, self._guide(spec))
+        return room
 
     def _guide(self, spec: SequenceSpec) -> Guide | None:
         if spec.sampling is None or not spec.sampling.grammar:

@@ -45,16 +45,20 @@ class KvBudget:
         self._pages: dict[int, int] = {}
         self.shared = 0
 
-    def reserve(self, key: str, positions: int, bytes_per_position: int) -> None:
-        """Raises ``CapacityError``, with when to ask again, if it does not fit."""
+    def reserve(self, key: str, positions: int, bytes_per_position: int) -> int:
+        """The bytes promised.  Raises ``CapacityError``, with when to ask again and what is lacking, if they do not
+        fit."""
         assert key not in self._held, f"{key} is open already"
         need = width_of(positions) * bytes_per_position
         if self.used + need > self.total:
             # Room comes back when a sequence ends; the fuller with small ones, the sooner.
             wait = min(5.0, 0.25 + 4.0 * need / max(1, self.total))
-            raise CapacityError(f"{positions} positions need {need} bytes of {self.total - self.used} free", wait)
+            lacking = self.used + need - self.total if need <= self.total else 0
+            free = self.total - self.used
+            raise CapacityError(f"{positions} positions need {need} bytes of {free} free", wait, lacking)
         self.used += need
         self._held[key] = need, bytes_per_position
+        return need
 
     def release(self, key: str) -> None:
         self.used -= self._held.pop(key, (0, 0))[0]

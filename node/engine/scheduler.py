@@ -53,13 +53,13 @@ class StepPlan(msgspec.Struct, frozen=True):
 def plan_step(sequences: Iterable[Sequence], step_rows: int, chunk_rows: int) -> StepPlan:
     """Choose the rows of the next step: at most ``step_rows``, of them at most ``chunk_rows`` of longer works.
 
-    Classes go in order (interactive, normal, batch).  Within a class single rows go to whoever was served longest
-    ago, chunks to whoever came first.
+    Classes go in order (interactive, normal, batch).  Within a class rows go to whoever was served longest ago: prompts
+    take turns chunk by chunk, so that a short one does not wait for all of a long one.
     """
     everyone = list(sequences)
     ready = [s for s in everyone if s.ready]
     singles = sorted((s for s in ready if s.ready == 1), key=lambda s: (_RANK[s.spec.priority], s.served, s.arrival))
-    longer = sorted((s for s in ready if s.ready > 1), key=lambda s: (_RANK[s.spec.priority], s.arrival))
+    longer = sorted((s for s in ready if s.ready > 1), key=lambda s: (_RANK[s.spec.priority], s.served, s.arrival))
     reserved = min(chunk_rows, step_rows // 2) if longer else 0
     chosen = [(s, 1) for s in _micro_batch(singles, everyone)[: step_rows - reserved]]
     left = min(chunk_rows, step_rows - len(chosen))

@@ -59,6 +59,7 @@ GIVEN: dict[str, tuple[str, Any]] = {
     "balance": ("memory", "memory"),
     "max_sessions": ("5", 5),
     "max_queue": ("0", 0),
+    "class_queue": ("batch=7", (("batch", 7),)),
     "preset": ("wan", "wan"),
 }
 
@@ -178,6 +179,10 @@ def test_no_offers(text: str) -> None:
         ({"threads": "0"}, "--threads: '0' must be a whole number of at least 1"),
         ({"threads": "-1"}, "--threads: '-1' must be a whole number of at least 1"),
         ({"max_queue": "1.5"}, "--max-queue: '1.5' must be a whole number of at least 0"),
+        (
+            {"class_queue": ["bulk=7"]},
+            "--class-queue: ['bulk=7'] must be CLASS=N, with CLASS one of interactive, normal, batch",
+        ),
         ({"role": "boss"}, "--role: 'boss' must be one of any, stage, entry, witness"),
         ({"device": "gpu"}, "--device: 'gpu' must be auto, cpu or cuda:N"),
         ({"name": "a b"}, "--name: 'a b' must be 1 to 63 letters, digits, dots, dashes or underscores"),

@@ -43,10 +43,11 @@ class FakeEngine:
     def drop_pages(self, pages: Any) -> None:
         self.calls.append(("drop", pages))
 
-    def open(self, spec: SequenceSpec) -> None:
+    def open(self, spec: SequenceSpec) -> int:
         if self.refuses:
             raise self.refuses
         self.calls.append(("open", spec))
+        return spec.max_positions
 
     def submit(self, work: Work) -> None:
         self.calls.append(("submit", work))

@@ -35,14 +35,23 @@ def view(**changes: Any) -> MeshView:
 
 def session(route: Route | None) -> Any:
     request = SessionRequest(model="m", prompt=(1, 2), sampling=SamplingParams(), priority="batch")
-    core = SimpleNamespace(id="s1", me="a", request=request, state=State.RUNNING, route=route, drawn=[5, 6, 7])
+    core = SimpleNamespace(
+        id="s1",
+        me="a",
+        request=request,
+        state=State.RUNNING,
+        route=route,
+        drawn=[5, 6, 7],
+        waits_for="",
+    )
     return SimpleNamespace(session=core, recoveries=(Recovery("reset", "1", "gossip", 12.5, 7, "tokens"),))
 
 
 def document(seen: MeshView, *sessions: Any) -> dict[str, Any]:
     made = status_document(
         seen, mesh_id="m1", name="ann", voters=("a", "b"), epoch=2, version=11, term=8, sessions=list(sessions),
-        waiting=4, addresses={"b": "h:9"},
+        waiting={"interactive": 0, "normal": 1, "batch": 3}, limits={"interactive": 64, "normal": 64, "batch": 2},
+        addresses={"b": "h:9"},
     )  # fmt: skip
     assert json.loads(json.dumps(made)) == made
     return made
@@ -80,12 +89,14 @@ def test_survivability_is_never_below_none() -> None:
 def test_sessions() -> None:
     route = Route("m", (Hop("a", 0, 4), Hop("b", 4, 8)))
     sessions = document(view(), session(route), session(None))["sessions"]
-    assert (sessions["running"], sessions["waiting"]) == (2, 4)
+    assert (sessions["running"], sessions["paused"], sessions["waiting"]) == (2, 0, 4)
+    assert sessions["classes"]["batch"] == {"waiting": 3, "limit": 2}
     assert sessions["items"][0] == {
         "id": "s1",
         "model": "m",
         "class": "batch",
         "state": "running",
+        "waits_for": None,
         "entry": "a",
         "route": [{"node": "a", "start": 0, "end": 4}, {"node": "b", "start": 4, "end": 8}],
         "tokens": 3,
@@ -101,6 +112,14 @@ def test_sessions() -> None:
         ],
     }
     assert sessions["items"][1]["route"] == []
+
+
+def test_a_paused_session_says_what_it_waits_for() -> None:
+    paused = session(None)
+    paused.session.state, paused.session.waits_for = State.PAUSED, "no room"
+    sessions = document(view(), session(None), paused)["sessions"]
+    assert (sessions["running"], sessions["paused"]) == (1, 1)
+    assert (sessions["items"][1]["state"], sessions["items"][1]["waits_for"]) == ("paused", "no room")
 
 
 @pytest.mark.parametrize(

@@ -27,14 +27,28 @@ def document(**changes: Any) -> dict[str, Any]:
         "members": [member, other],
         "placement": {"models": [{"id": "demo", "missing": None, "spans": spans}]},
         "survivability": {"demo": {"nodes_that_may_fail": 1}},
-        "sessions": {"running": 1, "waiting": 3, "items": []},
+        "sessions": working(),
     }
     return made | changes
 
 
+def working(*items: Any, limit: int = 64) -> dict[str, Any]:
+    classes = {"interactive": {"waiting": 0, "limit": 64}, "normal": {"waiting": 1, "limit": 64}}
+    classes["batch"] = {"waiting": 2, "limit": limit}
+    return {"running": 1, "paused": 2, "waiting": 3, "classes": classes, "items": list(items)}
+
+
 def session(**changes: Any) -> dict[str, Any]:
     hops = [{"node": "a" * 32, "start": 0, "end": 4}, {"node": "c" * 32, "start": 4, "end": 8}]
-    made = {"id": "s1", "model": "demo", "class": "batch", "route": hops, "tokens": 17, "recoveries": [{}, {}]}
+    made = {
+        "id": "s1",
+        "model": "demo",
+        "class": "batch",
+        "state": "running",
+        "route": hops,
+        "tokens": 17,
+        "recoveries": [{}, {}],
+    }
     return made | changes
 
 
@@ -50,16 +64,16 @@ def shown(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_mesh_at_a_glance(shown: Any) -> None:
-    assert shown(document(sessions={"running": 1, "waiting": 3, "items": [session()]})) == [
+    assert shown(document(sessions=working(session()))) == [
         "mesh 01234567 coordinator bob term 7 voters ann, dddddddd",
         "NODE STATE ROLE API LAYERS LOAD",
         "ann alive any http://h:1 demo[0:4] 2 running, 13 tokens/s",
         "bob dead any http://h:1 - -",
         "MODEL PLACED ON SURVIVES",
         "demo ann[0:4] cccccccc[4:8] any 1 nodes failing",
-        "sessions: 1 running, 3 waiting",
-        "SESSION MODEL CLASS ROUTE TOKENS RECOVERIES",
-        "s1 demo batch ann[0:4] cccccccc[4:8] 17 2",
+        "sessions: 1 running, 2 paused, 3 waiting (1 normal, 2 batch)",
+        "SESSION MODEL CLASS STATE ROUTE TOKENS RECOVERIES",
+        "s1 demo batch running ann[0:4] cccccccc[4:8] 17 2",
     ]
 
 
@@ -91,8 +105,13 @@ def test_what_members_say_of_themselves_is_no_markup(shown: Any, field: str, evi
 @pytest.mark.parametrize("field", ["id", "model"])
 def test_names_of_sessions_and_models_are_no_markup(shown: Any, field: str) -> None:
     items = [session(**{field: "[/red]"})]
-    text = "\n".join(shown(document(degraded="[/red]", sessions={"running": 1, "waiting": 0, "items": items})))
+    text = "\n".join(shown(document(degraded="[/red]", sessions=working(*items))))
     assert text.count("[/red]") == 2
+
+
+def test_places_that_were_taken_back_are_told(shown: Any) -> None:
+    (line,) = [line for line in shown(document(sessions=working(limit=3))) if line.startswith("sessions")]
+    assert line.endswith("; the mesh is short of room: waiting batch from 3 on")
 
 
 def test_no_sessions_no_table(shown: Any) -> None:

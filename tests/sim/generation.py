@@ -284,10 +284,10 @@ class Peer:
                 out.append(effect)
             elif isinstance(event, t.Reserve):
                 if self.engine.reserve(event):
-                    answer = self.stage.reserved(event.key, now, page_bytes=1)
+                    answer = self.stage.reserved(event.key, now, page_bytes=1, room=1)
                     answer += self.stage.evict(self.engine.excess)
                 else:
-                    answer = self.stage.refused(event.key, "busy", "no slot", 0.1)
+                    answer = self.stage.refused(event.key, "busy", "no slot", 0.1, 1)
                 out += self._staged(answer, now)
             elif isinstance(event, t.Compute):
                 self.engine.submit(event, now)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -11,9 +11,11 @@ from mesh.core import Effect
 from mesh.pipeline import messages as m
 from mesh.pipeline.checkpoints import Checkpoints, Segment
 from mesh.pipeline.journal import JournalConfig
+from mesh.pipeline.preemption import Holder
 from mesh.pipeline.prefix import Prefix
 from mesh.pipeline.session import Session
 from mesh.pipeline.stage import StageConfig, StageCore
+from mesh.types import Priority
 from tests.sim.generation import Peer
 
 
@@ -117,6 +119,12 @@ class Hollow(Prefix):
 def unchained(tokens: Sequence[int], size: int, *sharers: str) -> tuple[bytes, ...]:
     """Pages are named by their own tokens alone."""
     return tuple(repr(tokens[end - size : end]).encode() for end in range(size, len(tokens) + 1, size))
+
+
+def anybody_gives_way(holders: Mapping[str, Holder], priority: Priority, lacking: int) -> list[str]:
+    """Classes are ignored where room is short: the youngest session is parked for any other."""
+    found = [session for session, holder in holders.items() if holder.room]
+    return found[-lacking:]
 
 
 def peer_with(stage: type[StageCore] = StageCore, session: type[Session] = Session) -> type[Peer]:

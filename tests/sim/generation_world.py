@@ -16,7 +16,7 @@ from mesh.core import Send
 from mesh.pipeline import events as e
 from mesh.pipeline import messages as m
 from mesh.pipeline.journal import Adopt, needs_witness
-from mesh.types import SamplingParams
+from mesh.types import Priority, SamplingParams
 from tests.sim.generation import Peer, oracle
 from tests.sim.world import Fault, NetParams, Node, World
 
@@ -48,7 +48,9 @@ def make_world(
     step_s: float = 0.01,
     peer: type[Peer] = Peer,
     forgets: float = 0.0,
+    slots: int = 64,
 ) -> World:
+    """``slots``: sessions that a node has room for."""
     world = World(seed, net)
     nodes = list(dict.fromkeys(["entry", *spans]))
     for name in nodes:
@@ -62,6 +64,7 @@ def make_world(
                 step_s=step_s,
                 eager=name == "entry",
                 forgets=forgets,
+                slots=slots,
             ),
             on_reset=lambda core, gone, now: core.lost(gone, "reset", now),
         )
@@ -72,7 +75,12 @@ SYSTEM = tuple(range(40, 60))
 
 
 def request(
-    rng: random.Random, max_tokens: int = 24, timeout_s: float = 300.0, longest: int = 40, common: bool = False
+    rng: random.Random,
+    max_tokens: int = 24,
+    timeout_s: float = 300.0,
+    longest: int = 40,
+    common: bool = False,
+    priority: Priority = "interactive",
 ) -> m.SessionRequest:
     """``common``: half of the prompts begin with some of ``SYSTEM``, a few of those after another first token."""
     prompt = tuple(rng.randrange(97) for _ in range(rng.randint(1, longest)))
@@ -80,7 +88,7 @@ def request(
     if common and known:
         prompt = (41 if prompt[1] % 4 == 0 else 40, *SYSTEM[1:known], *prompt[known:])
     sampling = SamplingParams(max_tokens=max_tokens, seed=rng.randrange(1 << 32), stop_token_ids=(0,))
-    return m.SessionRequest(model="toy", prompt=prompt, sampling=sampling, timeout_s=timeout_s)
+    return m.SessionRequest(model="toy", prompt=prompt, sampling=sampling, timeout_s=timeout_s, priority=priority)
 
 
 def start(
@@ -102,7 +110,7 @@ class Client:
     """Reads one stream: from the node that it asked, and when that is gone or silent from whichever owns it."""
 
     def __init__(self, session: str, asked: m.SessionRequest, node: str = "entry") -> None:
-        self.session, self.node = session, node
+        self.session, self.node, self.asked = session, node, asked
         self.expected = oracle(asked)
         self.tokens: list[int] = []
         self.end: Any = None

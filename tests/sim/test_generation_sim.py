@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import random
+from typing import Any
 
 import msgspec
 import pytest
@@ -13,9 +14,10 @@ from mesh.pipeline import messages as m
 from mesh.pipeline import session, stage
 from mesh.pipeline.session import Session
 from mesh.pipeline.stage import StageCore
-from mesh.types import SamplingParams
+from mesh.types import Priority, SamplingParams
 from tests.sim import generation_mutants as mutants
 from tests.sim.generation import FakeEngine, oracle
+from tests.sim.generation_scarce import endless, play_scarce
 from tests.sim.generation_world import (
     LAYOUTS,
     Weather,
@@ -270,7 +272,7 @@ def test_the_owner_dies_between_the_last_token_and_the_end() -> None:
         (mutants.OlderEpochsObeyed, 20),
         (mutants.NewerEpochsObeyed, 58),
         (mutants.OwnerNotInEpoch, 549),
-        (mutants.Untrimmed, 4),
+        (mutants.Untrimmed, 66),
         (mutants.Shifted, 0),
         (mutants.Deaf, 0),
         (mutants.Hasty, 1),
@@ -287,3 +289,66 @@ def test_mistakes_are_seen(mistake: type, seed: int, monkeypatch: pytest.MonkeyP
         monkeypatch.setattr(stage, "Checkpoints", mistake)
     with pytest.raises(AssertionError):
         play(seed, peer=peer)
+
+
+# -- too little room ---------------------------------------------------------------------------------------------------
+
+
+def test_a_higher_class_flows_while_a_lower_one_waits_and_then_goes_on() -> None:
+    world = make_world(21, spans={"a": (0, 3), "b": (3, 6)}, slots=2)
+    rng, entry = world.rng_for("requests"), world.core("entry")
+    wanted = {f"b{n}": endless(rng, 60, "batch") for n in range(2)}
+    urgent = {f"i{n}": endless(rng, 20, "interactive") for n in range(2)}
+    for name, ask in wanted.items():
+        world.do("entry", lambda core, now, name=name, ask=ask: core.open(name, ask, now))
+    assert world.run(60.0, stop=lambda: all(len(entry.streams[name]) > 5 for name in wanted))
+    for name, ask in urgent.items():
+        world.do("entry", lambda core, now, name=name, ask=ask: core.open(name, ask, now))
+    assert world.run(60.0, stop=lambda: all(name in entry.ends for name in urgent))
+    assert not any(name in entry.ends for name in wanted)
+    assert entry.recoveries == [], "those of a higher class were never interrupted"
+    assert world.run(120.0, stop=lambda: all(name in entry.ends for name in wanted))
+    check_streams(world, wanted | urgent)
+    assert {told.cause for told in entry.recoveries} == {"paused"}
+    world.run(world.now + 1.0)
+    check_freed(world)
+
+
+def test_half_of_the_nodes_are_lost_and_nothing_accepted_is() -> None:
+    """Room for four sessions, then for two: those of the higher class go on, the others wait for them."""
+    world = make_world(22, slots=2)
+    rng, entry = world.rng_for("requests"), world.core("entry")
+    classes: list[Priority] = ["batch", "interactive", "batch", "interactive"]
+    wanted = {f"{each}-{n}": endless(rng, 40, each) for n, each in enumerate(classes)}
+    weather = Weather(world, {})
+    for name, ask in wanted.items():
+        world.do("entry", lambda core, now, name=name, ask=ask: core.open(name, ask, now))
+        assert world.run(world.now + 60.0, stop=lambda name=name: len(entry.streams[name]) > 2 or name in entry.ends)
+    for node in ("a1", "b1", "c1"):
+        world.apply(Fault(world.now, "crash", (node,)))
+    urgent = [name for name in wanted if name.startswith("interactive")]
+    assert world.run(world.now + 60.0, stop=lambda: all(name in entry.ends for name in urgent))
+    assert not any(name in entry.ends for name in wanted if name not in urgent)
+    assert world.run(world.now + 120.0, stop=lambda: len(entry.ends) == len(wanted))
+    check_streams(world, wanted)
+    assert weather.lost == []
+
+
+@pytest.mark.parametrize("block", range(2))
+def test_any_weather_with_too_little_room(block: int) -> None:
+    """60 schedules: seven sessions of all classes, nodes with room for two or three."""
+    pauses = 0
+    for seed in range(30 * block, 30 * block + 30):
+        pauses += play_scarce(seed).counts["pauses"]
+    assert pauses > 20, "room was scarce"
+
+
+@pytest.mark.parametrize(
+    ("name", "mistake", "seed"), [("Checkpoints", mutants.Untrimmed, 6), ("victims", mutants.anybody_gives_way, 0)]
+)
+def test_mistakes_with_too_little_room_are_seen(
+    name: str, mistake: Any, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage, name, mistake)
+    with pytest.raises(AssertionError):
+        play_scarce(seed)

@@ -628,3 +628,71 @@ def test_an_early_tick_does_nothing(early: float) -> None:
     due = owner.core.deadline
     assert owner.core.tick(100.0 + early) == []
     assert owner.core.deadline == due
+
+
+# -- no room -----------------------------------------------------------------------------------------------------------
+
+
+def parked(effects: list[Effect]) -> list[str]:
+    return [to for to, message in sends(effects) if isinstance(message, m.Park)]
+
+
+@pytest.mark.parametrize("code", ["busy", "paused"])
+def test_a_hop_that_took_its_room_back_is_gone_around(code: str) -> None:
+    owner = Owner().open()
+    owner.token()
+    effects = owner.refused(1, code)
+    assert (need(effects).exclude, parked(effects)) == (("b",), [])
+    assert opens(owner.follow(OTHER)) == ["a", "b2", "c"]
+
+
+def test_without_room_anywhere_every_hop_gives_its_room_up_and_it_waits() -> None:
+    owner = Owner(max_retries=1).open()
+    owner.token()
+    for _ in range(5):  # more often than there are retries
+        owner.refused(1, "paused")
+        effects = owner.core.unroutable("nobody else holds layers [2, 4)", owner.now)
+        assert (parked(effects), owner.core.state) == (["a", "b", "c"], s.State.PAUSED)
+        assert owner.core.waits_for == "it is paused"
+        assert owner.hear(m.Token("s", owner.core.epoch, owner.core.accepted, 31), "c") == [], "nothing of this epoch"
+        assert need(owner.wait()).keep == ROUTE.hops
+        owner.open()
+    owner.token()
+    (told,) = owner.core.recoveries
+    assert (told.cause, told.detected_by, owner.core.waits_for) == ("paused", "refusal", "")
+
+
+def test_each_pause_in_a_row_is_longer_up_to_a_bound() -> None:
+    owner = Owner().open()
+    owner.token()
+    waits = []
+    for _ in range(8):
+        owner.refused(1, "busy")
+        owner.core.unroutable("full", owner.now)
+        began = owner.now
+        owner.wait()
+        waits.append(owner.now - began)
+        owner.follow()
+    for number, wait in enumerate(waits):
+        most = min(CONFIG.pause_max_s, CONFIG.pause_s * 2**number)
+        assert most / 2 <= wait <= most
+
+
+def test_a_paused_session_ends_at_its_deadline_and_frees_everything() -> None:
+    owner = Owner(timeout_s=5.0).open()
+    owner.token()
+    owner.refused(1, "paused")
+    owner.core.unroutable("full", owner.now)
+    owner.now = 105.0
+    effects = owner.core.tick(owner.now)
+    assert released(effects) == ["a", "b", "c"]
+    assert [event.code for event in events(effects)] == ["timeout"]
+
+
+def test_refusals_before_it_began_are_no_recoveries() -> None:
+    owner = Owner(max_retries=2)
+    for _ in range(2):
+        owner.follow()
+        owner.refused(1, "busy", 0.0)
+    owner.open()
+    assert need(owner.core.lost("a", "reset", owner.now)).exclude == ("b", "a")

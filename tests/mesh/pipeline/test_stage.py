@@ -941,3 +941,122 @@ def test_only_the_owner_is_told() -> None:
 )  # fmt: skip
 def test_layers_in_use(span: LayerSpan, used: bool) -> None:
     assert Hopper(1).core.in_use(span) is used
+
+
+# -- parking -----------------------------------------------------------------------------------------------------------
+
+
+def park(hopper: Hopper) -> list[Effect]:
+    return hopper.receive(m.Park("s", hopper.epoch), OWNER)
+
+
+def freed(effects: list[Effect]) -> list[str]:
+    return [event.key for event in events(effects) if isinstance(event, s.Free)]
+
+
+def test_a_parked_hop_frees_its_room_and_keeps_its_checkpoints() -> None:
+    hopper = Hopper(1)
+    hopper.forward(0, 4)
+    hopper.compute()
+    assert freed(park(hopper)) == ["s#1"]
+    assert (hopper.core.checkpoint_bytes, hopper.core.in_use(LayerSpan("toy", 2, 4))) == (4 * ROW, False)
+    assert (freed(park(hopper)), hopper.forward(4, 1), hopper.gap(0)) == ([], [], [])
+
+
+def test_opened_again_it_passes_on_at_once_what_it_kept() -> None:
+    hopper = Hopper(1)
+    hopper.forward(0, 4)
+    hopper.compute()
+    park(hopper)
+    effects = hopper.open(opening(1, 2))
+    assert (OWNER, m.Opened("s", (2, OWNER), 1, 0)) in sends(effects)
+    assert ("hop0", m.Gap("s", (2, OWNER), 0)) in sends(effects), "its keys and values are made anew"
+    (passed,) = [x for _, x in sends(hopper.gap(0)) if isinstance(x, m.Forward)]
+    assert (passed.start, passed.n) == (0, 4)
+    hopper.forward(0, 5)
+    (passed,) = [x for _, x in sends(hopper.compute()) if isinstance(x, m.Forward)]
+    assert (passed.start, passed.n) == (4, 1), "the rest follows once it is computed"
+    assert hopper.core.checkpoint_bytes == 5 * ROW
+
+
+def test_checkpoints_past_the_accepted_tokens_do_not_outlive_parking() -> None:
+    hopper = Hopper(1, drawn=(20, 21))
+    hopper.forward(0, 6)
+    hopper.compute()
+    park(hopper)
+    hopper.open(opening(1, 2, drawn=(20,)))
+    assert hopper.core.checkpoint_bytes == 5 * ROW
+
+
+def test_a_gap_below_what_a_parked_hop_kept_is_filled_from_further_upstream() -> None:
+    """Its checkpoints were given up to the budget, and it computed nothing yet since it was opened again."""
+    hopper = Hopper(1, config=s.StageConfig(checkpoint_bytes=0))
+    hopper.forward(0, 4)
+    hopper.compute()
+    park(hopper)
+    hopper.open(opening(1, 2))
+    effects = hopper.gap(2)
+    assert ("hop0", m.Gap("s", (2, OWNER), 0)) in sends(effects)
+    hopper.forward(0, 4)
+    (passed,) = [x for _, x in sends(hopper.compute()) if isinstance(x, m.Forward)]
+    assert (passed.start, passed.n) == (2, 2)
+
+
+def test_only_the_owner_parks() -> None:
+    hopper = Hopper(1)
+    assert rejected(hopper.receive(m.Park("s", (1, OWNER)), STRANGER), STRANGER)
+
+
+def test_a_parked_hop_still_ends_with_its_release_and_its_lease() -> None:
+    for end in (lambda h: h.receive(m.Release("s", (1, OWNER)), OWNER), lambda h: h.core.tick(1000.0)):
+        hopper = Hopper(1)
+        hopper.forward(0, 4)
+        hopper.compute()
+        park(hopper)
+        end(hopper)
+        assert (hopper.core.sessions(), hopper.core.checkpoint_bytes) == ([], 0)
+
+
+def test_a_parked_sampler_keeps_its_journal() -> None:
+    hopper = Hopper(2, drawn=(20,))
+    park(hopper)
+    journal = hopper.core.journals.get("s")
+    assert journal is not None
+    assert journal.drawn == (20,)
+
+
+class Full(Hopper):
+    """A hop at an engine with room for two sessions, of which ``s`` holds one."""
+
+    def other(self, session: str, priority: Any, lacking: int = 8) -> list[Effect]:
+        """Another session is opened; the engine lacks so many bytes."""
+        message = opening(1, priority=priority)
+        message = m.Open(session, *[getattr(message, name) for name in m.Open.__struct_fields__[1:]])
+        reserve = only(self.core.receive(message, OWNER, 0.0), s.Reserve)
+        return self.core.refused(reserve.key, "busy", "full", 1.0, lacking)
+
+
+def test_a_higher_class_gets_the_room_of_a_lower_one() -> None:
+    hopper = Full(1, priority="batch")
+    hopper.hop.room = 8
+    effects = hopper.other("t", "interactive")
+    kinds = [type(x.event if isinstance(x, Emit) else x.message) for x in effects]
+    assert kinds == [s.Free, m.Refused, s.Reserve], "it is freed before the engine is asked again"
+    assert only(effects, m.Refused).code == "paused"
+    opened = hopper.core.reserved(only(effects, s.Reserve).key, 0.0, 8)
+    assert only(opened, m.Opened).session == "t"
+    assert hopper.core.preemptions == 1
+    told = hopper.core.receive(m.Progress("s", (1, OWNER), 4), OWNER, 0.0)
+    assert only(told, m.Refused).code == "paused", "who did not hear is told again"
+    told = hopper.core.receive(opening(1), OWNER, 0.0)
+    assert only(told, m.Refused).code == "paused"
+
+
+@pytest.mark.parametrize(("priority", "lacking"), [("batch", 8), ("interactive", 9), ("interactive", 0)])
+def test_nobody_gives_way_to_its_own_class_or_in_vain(priority: str, lacking: int) -> None:
+    hopper = Full(1, priority="batch")
+    hopper.hop.room = 8
+    effects = hopper.other("t", priority, lacking)
+    assert [type(x) for x in effects] == [Send]
+    assert only(effects, m.Refused).code == "busy"
+    assert not hopper.hop.parked

@@ -58,7 +58,7 @@ def parse_sse(text: str) -> list[tuple[str, Any]]:
 
 
 async def serve(service: FakeService, **settings: Any) -> AsyncIterator[Http]:
-    server = ApiServer(service, ApiSettings(**{"host": "127.0.0.1", **settings}), Telemetry())
+    server = ApiServer(service, ApiSettings(**{"host": "127.0.0.1", "patience_s": 0.0, **settings}), Telemetry())
     await server.start()
     async with aiohttp.ClientSession(f"http://127.0.0.1:{server.port}") as session:
         yield Http(service, server, session)

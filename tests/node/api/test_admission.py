@@ -135,3 +135,57 @@ async def test_a_waiter_cancelled_in_the_moment_of_its_turn_passes_it_on() -> No
     assert last.inside.is_set()
     await leave(last)
     assert gate.running == 0
+
+
+async def test_a_class_has_its_own_limit_in_the_queue() -> None:
+    gate = AdmissionGate(1, 10, {"batch": 1})
+    holder, first = await visit(gate, "normal", "batch")
+    with pytest.raises(CapacityError, match="1 waiting places of class batch"):
+        async with gate.slot("batch"):
+            pass
+    (other,) = await visit(gate, "normal")
+    assert gate.waiting_by_class() == {"interactive": 0, "normal": 1, "batch": 1}
+    await leave(holder, other, first)
+
+
+async def test_a_class_without_room_in_the_mesh_runs_no_more_than_it_does() -> None:
+    gate = AdmissionGate(8, 10)
+    one, two = await visit(gate, "interactive", "normal")
+    async with gate.slot("normal") as refused:
+        gate.no_room("normal")
+        refused.in_vain = True
+    assert gate.limits() == {"interactive": 8, "normal": 2, "batch": 2}
+    (waiter,) = await visit(gate, "batch")
+    (urgent,) = await visit(gate, "interactive")
+    assert (waiter.inside.is_set(), urgent.inside.is_set()) == (False, True)
+    await leave(one, two)
+    await settle()
+    assert waiter.inside.is_set(), "each end gives a place back"
+    await leave(urgent, waiter)
+    assert gate.running == 0
+
+
+async def test_what_was_refused_room_gives_no_place_back() -> None:
+    gate = AdmissionGate(8, 10)
+    (one,) = await visit(gate, "normal")
+    async with gate.slot("normal") as slot:
+        gate.no_room("normal")
+        slot.in_vain = True
+    assert gate.limits()["normal"] == 1
+    await leave(one)
+    assert gate.limits()["normal"] == 2
+
+
+async def test_nobody_starts_before_those_of_its_class_that_are_paused() -> None:
+    gate = AdmissionGate(8, 10)
+    gate.hold("normal")
+    batch, normal, urgent = await visit(gate, "batch", "normal", "interactive")
+    assert [each.inside.is_set() for each in (batch, normal, urgent)] == [False, False, True]
+    gate.hold("batch")
+    await settle()
+    assert (batch.inside.is_set(), normal.inside.is_set()) == (False, True)
+    gate.hold(None)
+    await settle()
+    assert batch.inside.is_set()
+    await leave(batch, normal, urgent)
+    assert gate.running == 0

@@ -66,6 +66,13 @@ def test_more_single_rows_than_room_take_turns() -> None:
     assert set(taken(plan_step(crowd, 4, 4))) == {"d4", "d5", "d6", "d7"}
 
 
+def test_prompts_of_a_class_take_turns() -> None:
+    """A short prompt that came second does not wait for all of a long one."""
+    long, short = sequence("long", 4000, arrival=1, served=7), sequence("short", 100, arrival=2)
+    plan = plan_step([long, short], 128, 128)
+    assert [(piece.key, piece.n) for group in plan.groups for piece in group.slices] == [("short", 100), ("long", 28)]
+
+
 @pytest.mark.parametrize("rows", [1, 50])
 def test_classes_go_in_order_and_arrivals_within_a_class(rows: int) -> None:
     crowd = [
