@@ -197,7 +197,11 @@ def _functions(tools: list[dict[str, Any]]) -> list[_Function]:
             raise _bad_tool(at, "function.parameters must be a JSON schema")
         # What a call passes is an object, where the schema does not say so itself.
         schema = {"type": "object", **(parameters or {})}
-        found[name] = _Function(name, schema, function.get("strict") is True, f"tools[{at}].function.parameters")
+        where = f"tools[{at}].function.parameters"
+        if schema["type"] != "object":
+            why = f"{where} must be of type object, not {str(schema['type'])[:80]}"
+            raise RequestError(why, param=where, code="invalid_schema")
+        found[name] = _Function(name, schema, function.get("strict") is True, where)
     return list(found.values())
 
 

@@ -28,6 +28,9 @@ class CompatState:
         """``given`` [T] ids or [T, H] hidden states -> hidden states [T, H], logits of ``rows``."""
         n = given.shape[0]
         self._pretend()
+        for table in self.shard.tables_by_length:
+            table.inv_freq.copy_(table.original_inv_freq)  # of no other sequence's length
+            table.max_seq_len_cached = table.original_max_seq_len
         options = {
             "position_ids": torch.arange(self.length, self.length + n)[None],
             # Recurrent layers multiply their input by the mask, so it has the rows of this forward or none.

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from node.engine.loading import Prepared
     from node.engine.masks import Guide, Masks
     from node.engine.runner import Runner
+    from node.engine.span import Part
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -50,6 +51,22 @@ class Loaded(msgspec.Struct, frozen=True):
     """Why it is not packed."""
 
 
+class _Known(msgspec.Struct, frozen=True):
+    """What the checks found of the layers of one model that were loaded so far."""
+
+    mode: Literal["packed", "compat"]
+    exact: bool
+    why: str
+    layer_bytes: dict[int, int]
+
+
+def _joined(known: _Known | None, prepared: Prepared) -> _Known:
+    if known is None:
+        return _Known(prepared.mode, prepared.exact, prepared.why, prepared.layer_bytes)
+    same, why = known.exact and prepared.exact, known.why or prepared.why
+    return _Known(known.mode, same, why, known.layer_bytes | prepared.layer_bytes)
+
+
 class Engine:
     """One device.  All methods are for the event loop's thread; ``on_results`` is called there."""
 
@@ -64,6 +81,8 @@ class Engine:
         self._budget = KvBudget(self.config.kv_bytes)
         self._open: dict[str, SequenceSpec] = {}
         self._loaded: dict[ModelId, Loaded] = {}
+        self._known: dict[ModelId, _Known] = {}
+        """Of models in memory: layers that are given up may still be there, and be wanted again."""
         self._loading = asyncio.Lock()
         self._folders: dict[ModelId, Path] = {}
         self._runner: Runner | None = None
@@ -97,27 +116,36 @@ class Engine:
         from node.engine.span import Part
 
         wanted = Part.of_span(span.start, span.end, model.n_layers)
+        # From here on what is in memory stays, though the last session on it should end while the rest is read.
+        await self._on_thread(runner.want, model.id, wanted, False)
         holding = runner.models.get(model.id)
-        missing = wanted.minus(holding.shard.part) if holding else wanted
-        before = self._loaded.get(model.id)
-        known = dict(zip(range(before.span.start, before.span.end), before.layer_bytes, strict=True)) if before else {}
-        mode, same, why = (before.mode, before.exact, before.why) if before else ("packed", True, "")
+        known = self._known.get(model.id) if holding else None
         shard = holding.shard if holding else None
+        missing = wanted.minus(holding.shard.part) if holding else wanted
         if missing:
-            prepared = await self._prepare(folder, missing, model.dtype)
-            if holding is not None and prepared.mode != holding.mode:
-                raise ConfigError(f"{model.id}: layers {span.start}-{span.end} need another mode than those held")
-            mode, same, shard = prepared.mode, same and prepared.exact, prepared.shard
-            known |= prepared.layer_bytes
-            why = why or prepared.why
+            try:
+                prepared = await self._prepare(folder, missing, model.dtype)
+                if known is not None and prepared.mode != known.mode:
+                    raise ConfigError(f"{model.id}: layers {span.start}-{span.end} need another mode than those held")
+            except BaseException:
+                await self._on_thread(runner.want, model.id, self._served(model), True)
+                raise
+            known, shard = _joined(known, prepared), prepared.shard
             self.hardware = prepared.hardware
         assert shard is not None
+        assert known is not None
         self._narrow(model.id, span)
-        self._folders[model.id] = folder
-        await self._on_thread(runner.install, model.id, shard, mode, wanted)
-        layer_bytes = tuple(known[i] for i in range(span.start, span.end))
-        self._loaded[model.id] = Loaded(span, mode, same, layer_bytes, why)
+        self._folders[model.id], self._known[model.id] = folder, known
+        await self._on_thread(runner.install, model.id, shard, known.mode, wanted)
+        layer_bytes = tuple(known.layer_bytes[i] for i in range(span.start, span.end))
+        self._loaded[model.id] = Loaded(span, known.mode, known.exact, layer_bytes, known.why)
         return self._loaded[model.id]
+
+    def _served(self, model: ModelInfo) -> Part:
+        from node.engine.span import Part
+
+        loaded = self._loaded.get(model.id)
+        return Part.of_span(loaded.span.start, loaded.span.end, model.n_layers) if loaded else Part(())
 
     def _narrow(self, model: ModelId, span: LayerSpan) -> None:
         """While the thread changes over, only what is held before and after may be opened."""

@@ -170,12 +170,16 @@ class Holding:
     def _results(
         self, end: int, pieces: list[Piece], hidden: torch.Tensor, logits: torch.Tensor | None, heads: Heads
     ) -> list[Result]:
-        scores, drawn = self._scores(pieces, logits, heads), self._drawn(pieces, logits, heads)
+        broken = self._broken(logits, heads)
+        scores, drawn = self._scores(pieces, logits, heads), self._drawn(pieces, logits, heads, broken)
         passes_on = end < self.shard.layout.n_layers
         raw = memoryview(hidden.contiguous().view(torch.uint8).numpy()).cast("B") if passes_on else None
         size = self.shard.hidden_size * self.shard.dtype.itemsize
         results, at = [], 0
         for i, p in enumerate(pieces):
+            if i in broken:
+                results.append(failure(p, "the logits are NaN or infinite: weights or hidden states are broken"))
+                continue
             view = raw[at * size : (at + p.n) * size] if raw is not None else None
             tag = p.sequence.queue[0].tag
             results.append(Result(p.sequence.spec.key, tag, p.start, p.n, view, drawn.get(i), scores.get(i, ())))
@@ -195,16 +199,26 @@ class Holding:
         return scores
 
     @staticmethod
-    def _drawn(pieces: list[Piece], logits: torch.Tensor | None, heads: Heads) -> dict[int, Sampled]:
-        if not heads.sample:
+    def _broken(logits: torch.Tensor | None, heads: Heads) -> set[int]:
+        """Pieces of whose logits nothing can be drawn or scored."""
+        if logits is None:
+            return set()
+        whole = logits.amax(-1).isfinite().tolist()
+        scored = {i for i, (first, n) in heads.score.items() if not all(whole[first : first + n])}
+        return scored | {i for i, row in heads.sample.items() if not whole[row]}
+
+    @staticmethod
+    def _drawn(pieces: list[Piece], logits: torch.Tensor | None, heads: Heads, broken: set[int]) -> dict[int, Sampled]:
+        wanted = {i: row for i, row in heads.sample.items() if i not in broken}
+        if not wanted:
             return {}
         assert logits is not None
-        sampled = [pieces[i] for i in heads.sample]
+        sampled = [pieces[i] for i in wanted]
         rows = [Row.of(p.sequence, p.start + p.n) for p in sampled]
-        drawn = draw(logits[list(heads.sample.values())], rows)
+        drawn = draw(logits[list(wanted.values())], rows)
         for p, token in zip(sampled, drawn, strict=True):
             p.sequence.drew(token.position, token.token)
-        return dict(zip(heads.sample, drawn, strict=True))
+        return dict(zip(wanted, drawn, strict=True))
 
 
 def pieces_of(slices: Many[Slice], sequences: dict[str, Sequence]) -> list[Piece]:

@@ -91,7 +91,9 @@ class Guide:
             found: torch.Tensor | NoMask = self._make(drawn)
         except (DeadEnd, RequestError) as error:
             found = NoMask(f"the grammar allows no token here: {error}", final=True)
-        except Exception as error:  # unsaid, it would leave the sequence waiting for ever
+        except (
+            BaseException
+        ) as error:  # a panic of the library is no Exception; unsaid, the sequence would wait for ever
             found = NoMask(f"the grammar's mask failed: {type(error).__name__}: {error}", final=False)
         self.post(found)
 

@@ -238,6 +238,14 @@ class Runner:
         self._settle(model, holding)
         done()
 
+    def want(self, model: ModelId, wanted: Part, only: bool, done: Callable[[], None]) -> None:
+        """Keep ``wanted`` of what is here of a model; with ``only`` nothing that was wanted before."""
+        holding = self._models.get(model)
+        if holding is not None:
+            holding.wanted = wanted if only else holding.wanted.union(wanted)
+            self._settle(model, holding)
+        done()
+
     def unload(self, model: ModelId, done: Callable[[], None]) -> None:
         """Give up a model as soon as the last sequence on it is closed."""
         if model in self._models:

@@ -6,7 +6,7 @@ the same layers.  A model that fits neither is refused by name: nothing is ever 
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 import torch
@@ -98,7 +98,17 @@ def _why_not_packed(shard: Shard) -> str:
     strange = sorted(set(getattr(text, "layer_types", None) or ()) - PACKABLE)
     if strange:
         return f"layers of {strange[0]}"
+    if kind := _turns_by_length(text):
+        return f"rotary embeddings that depend on the longest sequence of a forward ({kind})"
     return "" if shard.model._supports_attention_backend else "attention of its own"
+
+
+def _turns_by_length(text: Any) -> str:
+    """The kind of rotary embeddings that are made anew from the positions of a forward; empty: none."""
+    found = getattr(text, "rope_parameters", None) or {}
+    each = [found, *(one for one in found.values() if isinstance(one, dict))]
+    kinds = [str(one.get("rope_type", "")) for one in each]
+    return next((kind for kind in kinds if kind == "longrope" or "dynamic" in kind), "")
 
 
 def _try_packed(

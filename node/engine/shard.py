@@ -122,6 +122,11 @@ class Shard:
         return self.model.get_submodule(self.layout.layers)
 
     @property
+    def tables_by_length(self) -> list[Any]:
+        """Modules of rotary embeddings that remember how long a sequence they have seen."""
+        return [m for m in self.model.modules() if hasattr(m, "max_seq_len_cached") and hasattr(m, "original_inv_freq")]
+
+    @property
     def weight_bytes(self) -> int:
         held = {id(p): p.nbytes for p in self.model.parameters() if p.device.type != "meta"}
         packed = sum(joined.product.nbytes for joined in products.joined_below(self.model))
@@ -158,8 +163,7 @@ class Shard:
         for held, name in ((other.part.embed, self.layout.embed), (other.part.head, self.layout.head)):
             if held:
                 replace_module(self.model, name, other.model.get_submodule(name))
-        layers = tuple(sorted({*self.part.layers, *other.part.layers}))
-        self.part = Part(layers, self.part.embed or other.part.embed, self.part.head or other.part.head)
+        self.part = self.part.union(other.part)
         self.multiple = math.lcm(self.multiple, other.multiple)
 
     def keep(self, part: Part) -> None:

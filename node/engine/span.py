@@ -41,6 +41,10 @@ class Part(msgspec.Struct, frozen=True):
         layers = tuple(i for i in self.layers if i not in other.layers)
         return Part(layers, self.embed and not other.embed, self.head and not other.head)
 
+    def union(self, other: Part) -> Part:
+        layers = tuple(sorted({*self.layers, *other.layers}))
+        return Part(layers, self.embed or other.embed, self.head or other.head)
+
     def __bool__(self) -> bool:
         return bool(self.layers or self.embed or self.head)
 
@@ -199,7 +203,13 @@ def needed_tensors(folder: Path, names: Iterable[str], start: int, end: int) -> 
     By transformers' own renaming rules.  Raises ``ConfigError`` for a model that cannot be cut into spans.
     """
     with ONE_AT_A_TIME:
-        known, rename = _known_names(read_config(folder), start, end)
+        config = read_config(folder)
+        try:
+            known, rename = _known_names(config, start, end)
+        except ConfigError:
+            raise
+        except Exception as error:  # a model's code is its authors': whatever it raises, it cannot be built in part
+            raise ConfigError(f"{config.model_type}: cannot be cut into spans: {_first_line(error)}") from error
     return [name for name in names if rename(name) in known]
 
 

@@ -296,6 +296,11 @@ async def test_a_strict_tool_holds_the_models_own_calls_to_its_schema(http: Http
         ({"tools": [WEATHER, WEATHER]}, "tools[1]", "invalid_tool"),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0]", "invalid_tool"),
         ({"tools": [{"type": "function", "function": {"name": "a", "parameters": 3}}]}, "tools[0]", "invalid_tool"),
+        (
+            {"tools": [{"type": "function", "function": {"name": "a", "parameters": {"type": "string"}}}]},
+            "tools[0].function.parameters",
+            "invalid_schema",
+        ),
         ({"tools": [STRICT], "response_format": {"type": "json_object"}}, "tool_choice", "invalid_request"),
         ({"response_format": {"type": "json_object"}, "ignore_eos": True}, "ignore_eos", "invalid_request"),
         ({"response_format": {"type": "json_object"}, "min_tokens": 3}, "min_tokens", "invalid_request"),

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -197,6 +198,23 @@ async def test_results_of_a_closed_sequence_are_not_shown(tiny: Tiny) -> None:
     await bench.stop()
 
 
+async def test_logits_that_are_not_finite_are_served_to_nobody(tiny: Tiny) -> None:
+    """Neither drawn from nor scored; who asked is told what is broken, and nobody else waits."""
+    bench = Bench()
+    await bench.load(tiny("llama"), 0, 4)
+    for key in ("drawn", "scored"):
+        bench.open(key, 0, 4, sampling=GREEDY, tokens=tuple(range(3, 13)))
+    assert bench.engine._runner is not None
+    shard = bench.engine._runner.models[MODEL].shard
+    shard.model.get_output_embeddings().weight.data[7] = float("nan")
+    bench.engine.submit(Work("drawn", 0, 0, 10, tuple(range(3, 13)), sample=True))
+    bench.engine.submit(Work("scored", 0, 0, 5, tuple(range(3, 8)), prompt_logprobs=True))
+    for found in [await bench.next() for _ in range(2)]:
+        assert "the logits are NaN" in found.error
+        assert (found.sampled, found.prompt_logprobs) == (None, ())
+    await bench.stop()
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 async def test_a_bug_in_the_device_thread_is_loud(tiny: Tiny) -> None:
     bench = Bench()
@@ -210,6 +228,7 @@ async def test_a_bug_in_the_device_thread_is_loud(tiny: Tiny) -> None:
     bench.engine._runner.post(bug)
     with pytest.raises(AssertionError, match="a bug"):
         await asyncio.wait_for(bench.engine.failed, 10)
+    await asyncio.to_thread(bench.engine._runner.join)  # what it dies of is reported within this test
 
 
 async def test_prompt_scores_are_those_of_one_forward(tiny: Tiny) -> None:
@@ -275,6 +294,56 @@ async def test_layers_in_use_stay_until_their_sessions_end(tiny: Tiny) -> None:
     bench.engine.close("a")
     await bench.settled()
     assert runner.models[MODEL].shard.part.layers == (0, 1)
+    await bench.stop()
+
+
+@pytest.mark.parametrize("kind", ["llama", "bloom"])
+async def test_layers_that_were_given_up_and_are_still_there_are_served_again(tiny: Tiny, kind: str) -> None:
+    bench = Bench()
+    await bench.load(tiny(kind), 0, 4)
+    first = bench.engine.loaded[0]
+    bench.open("a", 0, 4)
+    await bench.engine.unload(LayerSpan(MODEL, 0, 4))
+    await bench.load(tiny(kind), 0, 4)
+    assert bench.engine.loaded == (first,)
+    bench.engine.close("a")
+    await bench.settled()
+    bench.open("b", 0, 2)
+    bench.engine.submit(Work("b", 0, 0, 3, (3, 4, 5)))
+    assert not (await bench.next()).error
+    await bench.stop()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_layers_whose_last_session_ends_while_others_are_loaded_stay(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    bench = Bench()
+    await bench.load(tiny("llama"), 1, 4)
+    bench.open("a", 2, 4)
+    await bench.load(tiny("llama"), 1, 2)
+    prepare = bench.engine._prepare
+
+    async def slowly(*args: Any) -> Any:
+        bench.engine.close("a")
+        await bench.settled()
+        if fails:
+            raise ConfigError("no such file")
+        return await prepare(*args)
+
+    monkeypatch.setattr(bench.engine, "_prepare", slowly)
+    runner = bench.engine._runner
+    assert runner is not None
+    if fails:
+        with pytest.raises(ConfigError):
+            await bench.load(tiny("llama"), 0, 4)
+        assert runner.models[MODEL].shard.part.layers == (1,)
+    else:
+        await bench.load(tiny("llama"), 0, 4)
+        assert runner.models[MODEL].shard.part.layers == (0, 1, 2, 3)
+    bench.open("b", 1, 2)
+    bench.engine.submit(Work("b", 0, 0, 3, hidden=hidden(3)))
+    assert not (await bench.next()).error
     await bench.stop()
 
 

@@ -6,6 +6,7 @@ import asyncio
 import json
 import threading
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 
 from mesh.types import LayerSpan, SamplingParams
 from node.engine.engine import Engine, EngineConfig
+from node.engine.masks import Guide, NoMask
 from node.engine.sequence import Result, SequenceSpec, Work
 from node.text.grammar import Vocabularies, Vocabulary
 from node.text.tokenizer import Tokenizer, load_tokenizer
@@ -228,3 +230,20 @@ async def test_a_tokenizer_that_cannot_be_loaded_is_this_nodes_own_failure(make:
     await sampler.until(lambda: "a" in sampler.errors)
     assert "the disk is gone" in sampler.errors["a"].error
     assert not sampler.errors["a"].final
+
+
+def test_a_panic_of_the_library_ends_the_sequence_that_it_befell() -> None:
+    """Rust's panics arrive as a BaseException; unsaid, the sequence would wait for ever."""
+
+    class Panic(BaseException):
+        """As pyo3's."""
+
+    def start() -> Any:
+        raise Panic("index out of bounds")
+
+    with ThreadPoolExecutor(1) as pool:
+        guide, found = Guide(pool, start), []
+        guide.post = found.append
+        guide.size = 8
+        guide.ask(3, [])
+    assert found == [NoMask("the grammar's mask failed: Panic: index out of bounds", final=False)]
