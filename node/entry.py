@@ -37,14 +37,20 @@ from node.api.service import (
     TokenEvent,
 )
 from node.driver import Alarm
+from node.net.frames import MAX_MESSAGE
+from node.session_log import Kept
 
 LEASE_EVERY_S = 20.0
 ORPHAN_S = 60.0
 """A session that outlives its readers (adopted, or asked for with an Idempotency-Key) waits so long for the next."""
 RESULT_S = 600.0
 """What has ended can be read for this long ..."""
-RESULT_EVENTS = 200_000
-"""... as long as all results together have fewer tokens than this; the oldest go first."""
+RESULT_BYTES = 64 << 20
+"""... as long as all results together take about less memory than this; the oldest go first."""
+TOKEN_BYTES, TOP_BYTES = 120, 90
+"""About what an event takes in memory for each token, and for each of its most likely others."""
+MAX_REQUEST = MAX_MESSAGE - (64 << 10)
+"""Bytes of a request with all its tokens: it has to fit a frame, to open the session anywhere."""
 
 
 class LiveGeneration:
@@ -60,6 +66,8 @@ class LiveGeneration:
         """Has ended with something to read, if it has ended."""
         self._entry = entry
         self._log: list[Event | MeshError] = []
+        self.bytes = TOKEN_BYTES * len(request.prompt)
+        """About what the request and its log take in memory."""
         self._grew = asyncio.Event()
         self._readers = 0 if adopted else 1
         self._orphaned: asyncio.TimerHandle | None = None
@@ -82,11 +90,6 @@ class LiveGeneration:
     def cached_tokens(self) -> int:
         """Positions of the prompt that no hop had to compute."""
         return min(self.session.shared, len(self.request.prompt))
-
-    @property
-    def size(self) -> int:
-        """Events in the log."""
-        return len(self._log)
 
     async def opened(self) -> None:
         """Until every hop has room.  Raises what the API answers when one has none."""
@@ -217,6 +220,7 @@ class LiveGeneration:
 
     def _append(self, event: Event | MeshError) -> None:
         self._log.append(event)
+        self.bytes += _bytes_of(event)
         self._wake()
 
     def _wake(self) -> None:
@@ -235,6 +239,14 @@ class LiveGeneration:
         """Whoever opened it no longer waits."""
         self._opened.cancel()
         self.finish("cancelled")
+
+
+def _bytes_of(event: Event | MeshError) -> int:
+    if isinstance(event, TokenEvent):
+        return TOKEN_BYTES + TOP_BYTES * len(event.top)
+    if isinstance(event, PromptEvent):
+        return TOKEN_BYTES * len(event.logprobs) + TOP_BYTES * sum(map(len, event.tops))
+    return TOKEN_BYTES
 
 
 def _last_of(event: core.Ended | core.Failed) -> EndEvent | MeshError:
@@ -286,7 +298,7 @@ class Entry:
         self._sessions: dict[m.SessionId, LiveGeneration] = {}
         self._ended: dict[m.SessionId, tuple[float, LiveGeneration | None]] = {}
         """When it ended or moved, oldest first, and its result unless that was given up for want of room."""
-        self._result_events = 0
+        self._result_bytes = 0
         self._routed = 0
         """Routes asked for so far: the turn of ``round_robin``."""
 
@@ -297,6 +309,7 @@ class Entry:
         if request.session in self._sessions:
             return await self._join(self._sessions[request.session])
         session = Session(request.session, self.me, _journal(request), self._rng, self.clock())
+        _check_size(session.request)
         generation = self._sessions[request.session] = LiveGeneration(self, request, session)
         try:
             generation.step(session.start(self.clock()))
@@ -325,12 +338,27 @@ class Entry:
             request = msgspec.msgpack.decode(found.request.form, type=GenerationRequest)
         except msgspec.DecodeError:  # of another version, or made to harm: no other session may pay for it
             return self.on_event(Rejected(found.epoch[1], "opened a session in a form that is not known here"))
-        self._forget_result(found.session)
-        session = Session.adopt(found, self.me, self._rng, self.clock())
+        self._own(request, Session.adopt(found, self.me, self._rng, self.clock()))
+
+    def restore(self, request: GenerationRequest, kept: Kept) -> None:
+        """Go on with what was on disk when the node stopped."""
+        if kept.session not in self._sessions:
+            counter, now = kept.head.epoch[0], self.clock()
+            known = (kept.head.request, kept.drawn, counter, kept.left_s)
+            self._own(request, Session.restore(kept.session, self.me, *known, self._rng, now))
+
+    def _own(self, request: GenerationRequest, session: Session) -> None:
+        """A session that others began: it waits for a reader."""
+        self._forget_result(session.id)
         generation = LiveGeneration(self, request, session, adopted=True)
-        self._sessions[found.session] = generation
+        self._sessions[session.id] = generation
         generation.step(session.start(self.clock()))
         generation.orphan()
+
+    def batch(self) -> list[Session]:
+        """Sessions of class ``batch`` that run here, or have ended with a result that can still be read."""
+        ended = [kept for _, kept in self._ended.values() if kept is not None and not kept.moved]
+        return [g.session for g in (*ended, *self.sessions()) if g.request.priority == "batch"]
 
     def get(self, session: m.SessionId) -> LiveGeneration | None:
         """What runs here under this name, or has ended here a while ago and not moved."""
@@ -370,6 +398,7 @@ class Entry:
         """Until cancelled: one message to each peer for all the sessions it holds for us."""
         while True:
             await asyncio.sleep(LEASE_EVERY_S)
+            self._expire()
             held: dict[NodeId, list[tuple[m.SessionId, m.Epoch]]] = {}
             for generation in self.sessions():
                 session = generation.session
@@ -385,19 +414,24 @@ class Entry:
             del self._sessions[name]
             self._forget_result(name)
             self._ended[name] = (now, generation if generation.answers else None)
-            self._result_events += generation.size if generation.answers else 0
+            self._result_bytes += generation.bytes if generation.answers else 0
+        self._expire()
+
+    def _expire(self) -> None:
+        """Results that are too old, or too many: the oldest first."""
+        now = self.clock()
         for old, (when, kept) in list(self._ended.items()):
             if now - when > RESULT_S:
                 self._forget_result(old)
-            elif self._result_events <= RESULT_EVENTS:
+            elif self._result_bytes <= RESULT_BYTES:
                 break
             elif kept is not None:
-                self._result_events -= kept.size
+                self._result_bytes -= kept.bytes
                 self._ended[old] = (when, None)
 
     def _forget_result(self, session: m.SessionId) -> None:
         kept = self._ended.pop(session, (0.0, None))[1]
-        self._result_events -= kept.size if kept is not None else 0
+        self._result_bytes -= kept.bytes if kept is not None else 0
 
     # -- routes --------------------------------------------------------------------------------------------------------
 
@@ -447,6 +481,18 @@ class Entry:
         members = [self.view().member(hop.node) for hop in route.hops]
         classes = {member.profile.hardware for member in members if member and member.profile.exact}
         return "bitwise" if len(classes) == 1 and all(x and x.profile.exact for x in members) else "tokens"
+
+
+def _check_size(request: m.SessionRequest) -> None:
+    """RequestError for one that could not be sent to a hop with all the tokens that it asks for."""
+    size = len(msgspec.msgpack.encode(request)) + 5 * request.sampling.max_tokens
+    if size > MAX_REQUEST:
+        raise RequestError(
+            f"{len(request.prompt)} tokens in the prompt and {request.sampling.max_tokens} to come take {size} bytes; "
+            f"at most {MAX_REQUEST} can be passed on: shorten one of them",
+            param="max_tokens",
+            code="context_length_exceeded",
+        )
 
 
 def _journal(request: GenerationRequest) -> m.SessionRequest:

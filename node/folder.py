@@ -6,6 +6,7 @@
     admin.key     what the command line shows to administer this node
     mesh.pem      leaf certificate, CA certificate(s), leaf private key: the membership (node.security.membership)
     election      the election's durable state (a Journal)
+    sessions.key  what sessions/, the journals of class batch, are sealed with (node.session_log)
 
 Other parts keep subfolders here (weights, spilled checkpoints, collections); this module knows none of them.
 """

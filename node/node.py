@@ -48,6 +48,7 @@ from node.boot import Boot
 from node.claims import Claims
 from node.config import NodeConfig
 from node.coordinator import LOCAL, Coordinator, Pace, decode_placement
+from node.durable import Durable
 from node.entry import Entry, LiveGeneration
 from node.folder import DataFolder
 from node.identity import SealKey
@@ -65,6 +66,7 @@ from node.relay import Relay
 from node.security.keyring import KeyRing
 from node.security.tls import PeerTls
 from node.service import NodeService
+from node.session_log import SessionLogs
 from node.stage import StageService
 from node.telemetry import Telemetry, get_logger
 from node.text.grammar import Vocabularies
@@ -152,6 +154,8 @@ class Node:
         )
         self.claims = Claims(self.me, self.peers, lambda: self.view)
         self.relay = Relay(self.me, self.entry, self.peers, lambda: self.view)
+        logs = SessionLogs(self.folder.subfolder("sessions"), self.folder.path / "sessions.key")
+        self.durable = Durable(self.me, logs, self.entry, self.stage.core.journals, self.relay, self.claims)
         self.weights = Weights(
             self.folder.subfolder("models"), DoorFiles(self.peers.get), self.machine.needed_tensors, self.peers.reject
         )
@@ -189,6 +193,7 @@ class Node:
             await self.peers.start(tcp, udp)
             await api.start(self._api_tls())
             self._write_runtime(api.port)
+            await self.durable.load()
             running = [self._spawn(part) for part in self._parts()]
             try:
                 await self._stop.wait()
@@ -204,6 +209,7 @@ class Node:
             self.peers.election.run(),
             self.coordinator.run(),
             self.entry.renew_leases(),
+            self.durable.run(lambda: self.settled),
             self._watch_loop(),
             self.presence.publish(),
             self.lag.run(),
@@ -288,6 +294,7 @@ class Node:
             await asyncio.sleep(0.05)
 
     async def _close(self, api: ApiServer) -> None:
+        await self.durable.write()
         for generation in self.entry.sessions():
             generation.finish("leaving")
         try:

@@ -26,7 +26,9 @@ ASK_S = 0.5
 """For a member to say whether it owns a session."""
 FIND_S = 8.0
 """A session that nobody owns for this long is lost: longer than a silent owner goes unnoticed."""
-FIND_EVERY_S = 0.1
+FIND_EVERY_S, FIND_MOST_S = 0.1, 0.4
+"""All members are asked again after this long, each time later: anybody may ask for sessions that none
+knows."""
 MAX_FRAME = 4 << 20
 KEEPALIVE_S = 5.0
 SILENT_S = 2 * KEEPALIVE_S
@@ -71,12 +73,13 @@ class Relay:
 
     async def find(self, session: str, patience_s: float) -> NodeId | None:
         """The node that owns ``session`` in the highest epoch; while one adopts, up to ``patience_s`` later."""
-        end = asyncio.get_running_loop().time() + patience_s
+        end, wait_s = asyncio.get_running_loop().time() + patience_s, FIND_EVERY_S
         while True:
             found = await self._ask_all(session)
             if found is not None or asyncio.get_running_loop().time() >= end:
                 return found
-            await asyncio.sleep(FIND_EVERY_S)
+            await asyncio.sleep(wait_s)
+            wait_s = min(FIND_MOST_S, 2 * wait_s)
 
     async def _ask_all(self, session: str) -> NodeId | None:
         others = [member.id for member in self._view().live() if member.id != self.me]

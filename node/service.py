@@ -66,7 +66,15 @@ class NodeService:
         if self._node.draining:
             raise Leaving("this node is leaving: ask another")
         self._check_nodes(request.allowed_nodes)
-        return Reading(self._node.relay, request, await self._node.entry.open(request))
+        durable = self._node.durable
+        durable.check(request)
+        generation = await self._node.entry.open(request)
+        try:
+            await durable.keep(request)
+        except BaseException:
+            await generation.cancel("disconnected")
+            raise
+        return Reading(self._node.relay, request, generation)
 
     async def attach(self, session: str, caller: Caller, patience_s: float) -> Reading | None:
         if not re.fullmatch(r"[0-9a-f]{32}(-\d{1,4})?", session, re.ASCII):

@@ -19,15 +19,16 @@ it names a witness, a node that holds the journal and no layers.  Who holds the 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
 from mesh.types import ModelId, NodeId, Priority, Route, SamplingParams
 
 SessionId = str
-Epoch = tuple[int, NodeId]
-"""(counter, owner), compared as a pair; it names one route of a session."""
+Epoch = tuple[Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)], NodeId]
+"""(counter, owner), compared as a pair; it names one route of a session.  A counter goes up by one for each route: one
+near the end of what can be encoded was made to do harm."""
 PlacementId = tuple[int, int]
 """(mesh epoch's counter, placement counter)."""
 

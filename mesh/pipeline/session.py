@@ -149,12 +149,37 @@ class Session:
         session._take(found.drawn)
         return session
 
+    @classmethod
+    def restore(
+        cls,
+        session: m.SessionId,
+        me: NodeId,
+        request: m.SessionRequest,
+        drawn: tuple[int, ...],
+        counter: int,
+        left_s: float,
+        rng: random.Random,
+        now: float,
+        config: SessionConfig | None = None,
+    ) -> Session:
+        """Go on, after ``start``, with what was written down before all that knew it stopped.  ``counter``: of the
+        epoch that it was in."""
+        made = cls(session, me, request, rng, now, config)
+        made.epoch, made._ends_at = (counter, me), now + left_s
+        made._incident = _Incident("restarted", -1, "disk", now)
+        made._take(drawn)
+        return made
+
     # -- reading -------------------------------------------------------------------------------------------------------
 
     @property
     def accepted(self) -> int:
         """Tokens held, prompt included."""
         return len(self.request.prompt) + len(self.drawn)
+
+    def left_s(self, now: float) -> float:
+        """Seconds until its deadline."""
+        return self._ends_at - now
 
     @property
     def parties(self) -> list[NodeId]:

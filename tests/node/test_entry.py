@@ -530,13 +530,30 @@ async def test_an_owner_that_yields_lets_its_readers_go_on_elsewhere(world: Worl
 
 
 async def test_results_are_bounded(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "RESULT_EVENTS", 4)
+    monkeypatch.setattr(module, "RESULT_BYTES", (len(PROMPT) + 4) * module.TOKEN_BYTES + 2 * module.TOP_BYTES)
     for name in ("one", "two", "three"):
         world.draw(await world.open(request(name)), 30, STOP)
     assert [world.entry.get(name) is not None for name in ("one", "two", "three")] == [False, False, True]
     world.now += module.RESULT_S + 1.0
     world.draw(await world.open(request("four")), STOP)
     assert world.entry.get("three") is None
+
+
+async def test_log_probabilities_count_among_what_results_take(world: World) -> None:
+    generation = await world.open()
+    before = generation.bytes
+    top = tuple((token, -1.0) for token in range(20))
+    world.say(m.Token("s", generation.session.epoch, generation.session.accepted, 30, -1.0, top), "b")
+    assert generation.bytes - before == module.TOKEN_BYTES + 20 * module.TOP_BYTES
+
+
+async def test_a_prompt_that_no_frame_can_carry_is_refused_before_anything_begins(world: World) -> None:
+    """It goes to both ends of the route with every token, twice: in its form, too."""
+    prompt = tuple(range(100_000, 600_000))
+    with pytest.raises(RequestError, match="500000 tokens in the prompt") as refused:
+        await world.entry.open(request(prompt=prompt))
+    assert (refused.value.status, refused.value.code) == (400, "context_length_exceeded")
+    assert (world.entry.sessions(), world.posted) == ([], [])
 
 
 async def test_a_form_of_another_version_is_rejected_and_costs_nobody_else_anything(world: World) -> None:

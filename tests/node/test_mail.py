@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import msgspec
 import pytest
 
 from mesh.core import Send
@@ -128,4 +129,12 @@ async def test_what_cannot_be_read_is_the_peers_fault(data: bytes) -> None:
     office = Office()
     with pytest.raises(PeerError):
         office.mail.arrived("a", data)
+    assert office.delivered == []
+
+
+@pytest.mark.parametrize("counter", [-1, 1 << 62, (1 << 64) - 1])
+async def test_a_counter_that_could_not_be_raised_is_the_peers_fault(counter: int) -> None:
+    office = Office()
+    with pytest.raises(PeerError):
+        office.mail.arrived("a", msgspec.msgpack.encode([m.Gap("s", (counter, "o"), 1)]))
     assert office.delivered == []
