@@ -102,6 +102,8 @@ class Session:
         self._claimed = 0
         """... and those that every ``Open`` of this epoch brought to its journal's holders."""
         self._suspects: dict[NodeId, float] = {}
+        self._forgiven: dict[NodeId, None] = {}
+        """Lost, and tried again since nobody else holds their layers."""
         self._busy: m.Refused | None = None
         """The last full hop of this attempt: why there is no route, if there is none."""
         self._refusals = 0
@@ -239,6 +241,7 @@ class Session:
                 return self._fail("busy", self._busy.why, self._busy.retry_after_s)
             return self._fail("no_route", why)
         lost_before = now + self.config.suspect_s - self.config.forgive_s
+        self._forgiven.update({node: None for node, until in self._suspects.items() if now < until <= lost_before})
         self._suspects = {node: until for node, until in self._suspects.items() if until > lost_before}
         if self._busy is not None:
             return self._pause(self._busy.why, now)
@@ -491,6 +494,7 @@ class Session:
             self._gaps.append(now - self._last_token_at)
         self._last_token_at = now
         self._retries, self._pauses, self._rounds, self._patience = 0, 0, 0, 1.0
+        self._forgiven.clear()
         self._silent_at = None
         self._stall_at = now + self._token_deadline()
         return self._recovered(now)
@@ -581,7 +585,8 @@ class Session:
     def _lose(self, index: int, cause: str, detected_by: str, now: float, why: str = "") -> list[Effect]:
         node = self.parties[index]
         self._suspects[node] = now + self.config.suspect_s
-        self._retries += 1
+        # Where nobody else holds its layers, a machine that is still not there is waited for: no recovery failed.
+        self._retries += node not in self._forgiven or detected_by == "refusal"
         if self._retries > self.request.max_retries:
             return self._fail("session_lost", why or f"hop {index} was lost ({cause})")
         if self._incident is None:

@@ -85,6 +85,21 @@ def test_a_session_waits_while_no_node_holds_a_span_and_goes_on_when_one_returns
     check_streams(world, wanted)
 
 
+@pytest.mark.parametrize("other", [(), ("silent",)], ids=["reset", "silent"])
+def test_trying_the_only_holder_again_and_again_is_waiting_and_uses_up_no_retries(other: tuple[str, ...]) -> None:
+    """Who is dead stays on the view for a while, the longer the busier the mesh: each try of it must not count."""
+    world = make_world(7, spans={"a": (0, 3), "b": (3, 6)})
+    wanted = start(world, 1, max_tokens=40)
+    entry = world.core("entry")
+    world.run(60.0, stop=lambda: len(entry.streams["s0"]) >= 5)
+    world.apply(Fault(world.now, "crash", ("b",), other))
+    world.run(world.now + 120.0)
+    assert not entry.ends
+    world.apply(Fault(world.now, "restart", ("b",)))
+    world.run(world.now + 30.0, stop=lambda: bool(entry.ends))
+    check_streams(world, wanted)
+
+
 def test_a_session_ends_with_a_reason_at_its_deadline() -> None:
     world = make_world(7, spans={"a": (0, 3), "b": (3, 6)})
     start(world, 1, max_tokens=40, timeout_s=20.0)
