@@ -124,7 +124,7 @@ class Election(State):
         """R8: the connection to ``node`` was reset and could not be made again, or gossip confirmed it dead or left."""
         self._post.lost(node)
         if node == self._leader and self._role == "follower":
-            self._lost = node, now
+            self._lost = node, self.term, self._said + now - self._heard_leader
             self._set_leader(None)
             if self.is_voter:
                 self._deadline = now + self._rng.uniform(0.0, self._config.forget_jitter_s)
@@ -371,7 +371,7 @@ class Election(State):
     def _follow(self, message: m.Append, leader: NodeId, now: float) -> None:
         self._become_follower(message.term, "a newer leader", now)
         self._set_leader(leader)
-        self._heard_leader, self._attempts = now, 0
+        self._heard_leader, self._said, self._attempts = now, message.sent_at, 0
         if message.record is not None and self._newer(message.record.id, self.record.id):
             self._save(record=message.record)
         elif message.record_hash == self.record.hash and self._newer(message.record_id, self.record.id):
@@ -597,11 +597,19 @@ class Election(State):
         if isinstance(inner, str) or why:
             self._emit(Rejected(sender, why))
             return
-        lost, at = self._lost
-        if isinstance(inner, m.Append) and message.origin == lost and now < at + self._config.heartbeat_s:
-            return  # said before the loss was seen here: the voters would wait for a dead leader once more
+        if isinstance(inner, m.Append) and self._is_last_words(inner, message.origin):
+            return
         self._post.heard(message.origin, sender)
         self._dispatch(inner, message.origin, now)
+
+    def _is_last_words(self, message: m.Append, leader: NodeId) -> bool:
+        """Said before the loss of the leader was seen here, and carried since: it would be waited for once more.
+
+        What was heard last took its time to come, so that its sender's clock was past the estimate at the loss: words
+        of a leader that lives are never taken for its last.
+        """
+        lost, term, at = self._lost
+        return leader == lost and message.term <= term and message.sent_at <= at
 
     # ------------------------------------------------------------------ helpers
 

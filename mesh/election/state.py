@@ -53,7 +53,10 @@ class State:
         self._role: Role = "follower"
         self._leader: NodeId | None = None
         self._heard_leader = NEVER
-        self._lost: tuple[NodeId | None, float] = None, NEVER
+        self._said = NEVER
+        """By the leader's clock: when it said what was heard last."""
+        self._lost: tuple[NodeId | None, int, float] = None, 0, NEVER
+        """The leader whose loss was seen, its term, and by its clock about when."""
         self._local_health = 0
         self._attempts, self._round_opened, self._round_ends = 0, NEVER, 0.0
         self._ballot = Ballot((), self.me)

@@ -461,16 +461,23 @@ def test_forget_leader_campaigns_within_its_jitter_and_raises_no_term() -> None:
     assert it.leader == "a"
 
 
-def test_what_a_neighbour_still_carries_from_a_lost_leader_is_old() -> None:
-    """Its last Append, on the way through c, would have b wait for a whole time-out and refuse its vote meanwhile."""
-    mesh = Lab()
-    mesh.elect("a")
-    it, held = mesh.cores["b"], mesh.cores["b"].record
-    said = lab.relayed(lab.append(2, held, (held.id.term, held.id.version), whole=False), origin="a", to="b")
-    it.note_lost("a", mesh.now)
-    assert it.receive(said, "c", mesh.now + 0.1) == []
+def test_a_lost_leaders_last_words_are_not_believed_however_late_a_neighbour_brings_them() -> None:
+    """b would wait for a whole time-out once more, and refuse its vote meanwhile."""
+    it = Lab().cores["b"]
+    held = it.record
+
+    def said(at: float, term: int = 1) -> m.Append:
+        return lab.append(term, held, (held.id.term, held.id.version), whole=False, sent_at=at)
+
+    it.receive(said(50.0), "a", START)  # a's clock is its own
+    it.note_lost("a", START + 0.1)
+    late = lab.relayed(said(50.05), origin="a", to="b")
+    assert it.receive(late, "c", START + 0.4) == []
     assert it.leader is None
-    it.receive(said, "c", mesh.now + LAN.heartbeat_s)  # it is heard again: it lives, and only the link is gone
+    it.receive(lab.relayed(said(50.11), origin="a", to="b"), "c", START + 0.4)  # only the link is gone
+    assert it.leader == "a"
+    it.note_lost("a", START + 0.5)
+    it.receive(lab.relayed(said(3.0, term=2), origin="a", to="b"), "c", START + 0.6)  # restarted, and elected
     assert it.leader == "a"
 
 
