@@ -1,12 +1,11 @@
 """Idempotency keys: which session runs under a key, so that a repeated request attaches instead of running twice.
 
-A key, scoped by its caller, is claimed at the two live nodes that rank highest for it (rendezvous hashing): both are
-asked and told, so that either may be lost, and a change of members moves few keys.
+A key, scoped by its caller, is claimed at the two live nodes that rank highest for it (rendezvous hashing): the first
+is asked, then the second is told what it said, so that either may be lost, and a change of members moves few keys.
 """
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import time
 from collections.abc import Callable
@@ -48,9 +47,9 @@ class Claims:
         """The session of the first request under this key.  RequestError (409): that one had another body."""
         name = f"{request.caller}\0{request.idempotency_key}".encode()
         wish = Claim(hashlib.sha256(name).digest(), request.body_hash, request.session)
-        answers = await asyncio.gather(*(self._ask(node, wish) for node in self._holders(wish.key)))
-        found = next((answer for answer in answers if answer is not None and answer.session != wish.session), None)
-        found = found or wish
+        found = wish
+        for node in self._holders(wish.key):  # one after the other, or two first requests could each find the other's
+            found = await self._ask(node, found) or found
         if found.body_hash != wish.body_hash:
             raise RequestError(
                 "this Idempotency-Key was used for another request: use a new key for each",

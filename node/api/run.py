@@ -134,8 +134,9 @@ class _State:
         self._called = self._called or bool(calls)
         tokens: tuple[TokenEvent, ...] = ()
         prompt = None
-        if self._prompt_due:
-            prompt, self._prompt_due = tuple(self._prompt), False
+        if self._prompt_due:  # those that were lost with an owner are given as 0
+            lost = max(0, len(self._choice.request.prompt) - 1 - len(self._prompt))
+            prompt, self._prompt_due = (*self._prompt, *[(0.0, ())] * lost), False
         if flush:
             tokens, self._waiting = tuple(self._waiting), []
         return Delta(self._choice.index, text, tokens, self.count, self._offset, finish, tuple(calls), prompt)

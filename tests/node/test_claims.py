@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -57,6 +58,25 @@ async def test_a_repeat_at_any_node_finds_the_first_session() -> None:
     assert {await node.claim(request(f"again-{name}")) for name, node in mesh.nodes.items()} == {"s1"}
     assert await mesh.nodes["b"].claim(request("s2", key="other")) == "s2"
     assert await mesh.nodes["b"].claim(request("s3", caller="somebody")) == "s3"
+
+
+async def test_two_first_requests_at_the_same_time_find_one_session() -> None:
+    """Whichever answer comes late from whichever keeper."""
+    for slow in ("a", "b", "c", "d"):
+        mesh = Mesh("a", "b", "c", "d")
+        for name, verb in list(mesh.verbs.items()):
+            mesh.verbs[name] = _delayed(verb, 3 if name == slow else 1)
+        asked = [node.claim(request(f"s-{name}")) for name, node in mesh.nodes.items()]
+        assert len(set(await asyncio.gather(*asked))) == 1
+
+
+def _delayed(verb: Callable[[str, bytes], Awaitable[bytes]], turns: int) -> Callable[[str, bytes], Awaitable[bytes]]:
+    async def answer(sender: str, payload: bytes) -> bytes:
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        return await verb(sender, payload)
+
+    return answer
 
 
 async def test_another_body_under_the_same_key_is_refused() -> None:

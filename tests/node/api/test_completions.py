@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.fakes import logprob_of, make_tokenizer
+from tests.fakes import FakeGeneration, logprob_of, make_tokenizer
 from tests.node.api.conftest import Http
 
 REPLY = "Hello there, how are you?"
@@ -111,3 +111,14 @@ async def test_best_of_is_refused(http: Http) -> None:
     assert (status, body["error"]["param"]) == (400, "best_of")
     status, _ = await http.complete(best_of=1)
     assert status == 200
+
+
+async def test_scores_of_an_echoed_prompt_that_were_lost_with_an_owner_are_zero(
+    http: Http, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FakeGeneration, "_prompt_events", lambda self: [])
+    status, body = await http.complete(prompt="The quick", echo=True, logprobs=0, max_tokens=2)
+    shown = body["choices"][0]["logprobs"]
+    prompt = len(make_tokenizer().encode("The quick"))
+    assert (status, shown["token_logprobs"][:prompt]) == (200, [None, *[0.0] * (prompt - 1)])
+    assert all(value < 0 for value in shown["token_logprobs"][prompt:])
