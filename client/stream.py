@@ -22,6 +22,9 @@ TRANSPORT = (aiohttp.ClientError, ConnectionError, asyncio.TimeoutError, ValueEr
 WORTH_ANOTHER_TRY = frozenset({"rate_limit_exceeded", "no_route", "overloaded", "stale_placement"})
 """Error codes of a stream that had not begun: another node, or the same a little later, may take it."""
 
+GONE = "session_gone"
+"""All that knew the session were lost while a node passed it on: it is run again, like one that no node knows."""
+
 
 class Stream:
     """An async iterator of ``Piece``; ``await`` it to connect first, ``async with`` it to be sure that it is closed."""
@@ -101,7 +104,7 @@ class Stream:
                     self.progress.moves += 1
                 rounds.note(self._url, f"{type(error).__name__} {error}".strip())
             except StreamFailed as error:
-                if self.progress.begun or error.code not in WORTH_ANOTHER_TRY:
+                if error.code != GONE and (self.progress.begun or error.code not in WORTH_ANOTHER_TRY):
                     raise
                 rounds.note(self._url, str(error), ApiError(str(error), status=503, code=error.code, url=self._url))
             finally:

@@ -227,7 +227,9 @@ class Reading:
         """The events at another owner, as long as it can be read."""
         owner = await self._relay.find(self.request.session, FIND_S)
         if owner is None:
-            raise SessionLost(f"after {self._tokens} tokens no node has the session any more")
+            gone = SessionLost(f"after {self._tokens} tokens no node has the session any more")
+            gone.code = "session_gone"  # not that it failed: run again under its key it may well end
+            raise gone
         if owner == self._relay.me:
             return  # adopted here meanwhile
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Iterator
+from typing import Any
 
 import pytest
 import structlog.testing
@@ -18,10 +19,10 @@ from tests.fakes import FakeService
 class Served:
     """One node's API; ``kill`` drops its connections as a SIGKILL would."""
 
-    def __init__(self, name: str, reply: str = "Hello there, how are you?", **settings: object) -> None:
+    def __init__(self, name: str, reply: str = "Hello there, how are you?", **settings: Any) -> None:
         self.service = FakeService(reply=reply)
         self.service.name = name
-        self.server = ApiServer(self.service, ApiSettings(**settings), Telemetry())  # type: ignore[arg-type]
+        self.server = ApiServer(self.service, ApiSettings(**{"patience_s": 0.0, **settings}), Telemetry())
 
     async def start(self) -> Served:
         await self.server.start()

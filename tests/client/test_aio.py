@@ -19,7 +19,7 @@ from client import (
     StreamInterrupted,
     Unavailable,
 )
-from mesh.errors import CapacityError, NoRoute
+from mesh.errors import CapacityError, NoRoute, SessionLost
 from node.api.service import Recovery
 from tests.client.conftest import Served
 from tests.fakes import make_tokenizer
@@ -261,6 +261,22 @@ async def test_an_error_in_the_middle_is_told(two: Two) -> None:
             await mesh.chat(HI)
     assert caught.value.code == "session_lost"
     assert REPLY.startswith(caught.value.progress.texts[0])
+
+
+async def test_a_session_that_was_lost_while_a_node_passed_it_on_is_run_again(
+    two: Two, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = two[0].service
+    service.break_after, service.breaks_with = 3, SessionLost("no node has the session any more")
+    service.breaks_with.code = "session_gone"
+
+    async def nobody_knows_it(*asked: object) -> None:
+        service.break_after = None
+
+    monkeypatch.setattr(service, "attach", nobody_knows_it)
+    async with client(two[0], learn=False) as mesh:
+        assert (await mesh.chat(HI)).text == REPLY, "no text twice, none missing"
+    assert len(service.opened) == 2
 
 
 async def test_a_node_that_falls_silent_counts_as_gone(two: Two) -> None:
