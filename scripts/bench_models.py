@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.machinery
 import importlib.util
+import json
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,12 +23,29 @@ class Models:
         path = self.folder / f"{shape}-{dtype}" / "model"
         return path if (path / "config.json").exists() else _script("make_bench_model").write(shape, path, dtype)
 
+    def words(self, shape: str, dtype: str) -> Path:
+        """As ``get``, with a tokenizer that names every token: each token of a stream is a piece of its own."""
+        from tests.tiny_models import write_words
+
+        path = self.folder / f"{shape}-{dtype}-words" / "model"
+        if not (path / "tokenizer.json").exists():
+            config = json.loads((_script("make_bench_model").write(shape, path, dtype) / "config.json").read_text())
+            write_words(path, config["vocab_size"])
+        return path
+
     def tiny(self, layers: int) -> Path:
         """A tiny Llama with a tokenizer."""
         from tests.tiny_models import write_tiny
 
         path = self.folder / f"tiny-{layers}" / "model"
         return path if path.exists() else write_tiny("llama", path, layers, tokenizer=True)
+
+    def tiny_words(self, layers: int) -> Path:
+        """A tiny Llama with a tokenizer that names every token."""
+        from tests.tiny_models import write_tiny, write_words
+
+        path = self.folder / f"tiny-{layers}-words" / "model"
+        return path if path.exists() else write_words(write_tiny("llama", path, layers))
 
 
 def _script(name: str) -> ModuleType:

@@ -114,7 +114,10 @@ class LocalMesh:
         folder: Path | None = None,
         flags: list[str] | None = None,
         threads: int | None = None,
+        patience_s: float = 120.0,
     ) -> None:
+        """``patience_s``: how long to wait for the nodes to start, unless a verb says otherwise."""
+        self.patience_s = patience_s
         self._own_folder = folder is None
         self.folder = folder or Path(tempfile.mkdtemp(prefix="murmur-"))
         threads = threads or max(1, (os.cpu_count() or 1) // nodes)
@@ -126,7 +129,7 @@ class LocalMesh:
         self.nodes[0].flags = [*common, *(flag for model in models for flag in ("--model", model))]
         self.token = ""
 
-    def start(self, timeout: float = 120.0) -> None:
+    def start(self, timeout: float | None = None) -> None:
         """Until every node is ready to serve every model."""
         self.nodes[0].start()
         self.wait(lambda: self.nodes[0].answers(), "the founder to answer", timeout)
@@ -138,7 +141,7 @@ class LocalMesh:
     def new_token(self) -> str:
         return str(self.nodes[0].admin("POST", "/mesh/admin/tokens", {"ttl_s": 86400, "uses": None})["token"])
 
-    def wait_ready(self, timeout: float = 120.0) -> None:
+    def wait_ready(self, timeout: float | None = None) -> None:
         """All running nodes see each other, and each can serve."""
         running = [node for node in self.nodes if node.running]
 
@@ -147,11 +150,14 @@ class LocalMesh:
 
         self.wait(settled, f"{len(running)} nodes to be ready", timeout)
 
-    def wait_holders(self, holders: int, timeout: float = 120.0) -> None:
+    def wait_holders(self, holders: int, timeout: float | None = None) -> None:
         """Every layer of every model is loaded at so many live nodes, as the first running node sees it."""
 
         def held() -> bool:
-            status = next(node for node in self.nodes if node.running).get("/mesh/status")
+            try:
+                status = next(node for node in self.nodes if node.running).get("/mesh/status")
+            except OSError:  # it is busy: ask again
+                return False
             alive = [member for member in status["members"] if member["state"] == "alive"]
             return all(
                 sum(any(covers(span, model["id"], layer) for span in member["spans"]) for member in alive) >= holders
@@ -167,9 +173,9 @@ class LocalMesh:
             return sum(member["state"] == "alive" for member in node.get("/mesh/status")["members"])
         return 0
 
-    def wait(self, condition: Callable[[], bool], what: str, timeout: float) -> None:
+    def wait(self, condition: Callable[[], bool], what: str, timeout: float | None = None) -> None:
         """Poll ``condition``; a node that ends meanwhile, or the time-out, raises with its log."""
-        end = time.monotonic() + timeout
+        end = time.monotonic() + (self.patience_s if timeout is None else timeout)
         while not condition():
             dead = [node for node in self.nodes if node.process is not None and node.process.poll() not in ENDED]
             if dead or time.monotonic() > end:

@@ -131,3 +131,18 @@ def write_tokenizer(folder: Path) -> None:
     fast = PreTrainedTokenizerFast(tokenizer_object=model, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
     fast.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
     fast.save_pretrained(folder)
+
+
+def write_words(folder: Path, vocabulary: int = VOCABULARY) -> Path:
+    """A tokenizer that spells token 17 as the word ``t17``: a random model's text then names its tokens."""
+    from tokenizers import Tokenizer, pre_tokenizers
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    names = ["<pad>", "<s>", "</s>", *(f"t{index}" for index in range(3, vocabulary))]
+    words = Tokenizer(WordLevel({name: index for index, name in enumerate(names)}, unk_token="<pad>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    fast.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
+    fast.save_pretrained(folder)
+    return folder

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from scripts.local_mesh import LocalMesh
-from tests.tiny_models import VOCABULARY, write_tiny
+from tests.tiny_models import write_tiny, write_words
 
 FAMILIES = ("llama", "qwen3", "gemma3_text", "gpt2", "mixtral")
 LAYERS = 8
@@ -19,21 +19,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A folder with random weights and a tokenizer for each family."""
     root = tmp_path_factory.mktemp("models")
     return {family: write_words(write_tiny(family, root / family, LAYERS)) for family in FAMILIES}
-
-
-def write_words(folder: Path) -> Path:
-    """A tokenizer that spells token 17 as the word ``t17``: a random model's text then names its tokens."""
-    from tokenizers import Tokenizer, pre_tokenizers
-    from tokenizers.models import WordLevel
-    from transformers import PreTrainedTokenizerFast
-
-    names = ["<pad>", "<s>", "</s>", *(f"t{index}" for index in range(3, VOCABULARY))]
-    words = Tokenizer(WordLevel({name: index for index, name in enumerate(names)}, unk_token="<pad>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
-    fast.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
-    fast.save_pretrained(folder)
-    return folder
 
 
 def tokens_of(text: str) -> list[int]:

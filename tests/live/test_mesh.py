@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import signal
 import socket
 import subprocess
 import sys
@@ -89,31 +88,6 @@ def whole_again(llama_mesh: LocalMesh) -> Iterator[None]:
     llama_mesh.wait_ready()
     llama_mesh.wait_holders(2)
     llama_mesh.wait(lambda: engines_are_idle(llama_mesh), "all sequences to be freed", 70.0)
-
-
-@pytest.mark.parametrize("sampling", [GREEDY, SEEDED], ids=["greedy", "seeded"])
-@pytest.mark.parametrize(
-    ("which", "number"), [("first", signal.SIGKILL), ("last", signal.SIGKILL), ("last", signal.SIGSTOP)]
-)
-def test_a_stream_outlives_a_node_of_its_route(
-    llama_mesh: LocalMesh, sampling: dict[str, Any], which: str, number: signal.Signals
-) -> None:
-    entry, wanted = llama_mesh.nodes[0], body(48, **sampling)
-    quiet = read(entry, wanted)
-    struck: list[LocalNode] = []
-
-    def strike(count: int) -> None:
-        if count == 10:
-            struck.append(victim_of(llama_mesh, entry, which))
-            struck[0].signal(number)
-
-    try:
-        loud = read(entry, wanted, strike)
-    finally:
-        struck[0].signal(signal.SIGCONT)
-    assert loud["tokens"] == quiet["tokens"]
-    assert loud["finish"] == quiet["finish"] == "length"
-    assert len(loud["usage"]["mesh"]["recoveries"]) >= 1
 
 
 def rows_computed(mesh: LocalMesh) -> int:
