@@ -13,7 +13,7 @@ import msgspec
 
 from mesh.types import LayerSpan, ModelInfo, NodeId, Role
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 
 STEP_ROWS = 16
 """Rows of the step that placement reckons with: as many streams as a small mesh serves at once."""
@@ -54,7 +54,7 @@ def _ends_bytes(model: ModelInfo, first: bool, last: bool) -> int:
 def step_ms(model: ModelInfo, weight_bytes: int, flops: float, bandwidth: float) -> float:
     """Time of one step of ``STEP_ROWS`` rows through ``weight_bytes`` of dense weights."""
     read_s = weight_bytes / (bandwidth or DEFAULT_BANDWIDTH)
-    parameters = weight_bytes / DTYPE_BYTES.get(model.dtype, 2)
+    parameters = weight_bytes / DTYPE_BYTES.get(model.quantize or model.dtype, 2)
     compute_s = 2 * parameters * STEP_ROWS / (flops or DEFAULT_FLOPS)
     return 1e3 * max(read_s, compute_s)
 

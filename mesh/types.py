@@ -60,6 +60,8 @@ class ModelInfo(msgspec.Struct, frozen=True):
     offered_by: tuple[NodeId, ...] = ()
     tied_bytes: int = 0
     """Counted in ``embed_bytes`` and in ``head_bytes``, but held once by a span that is both first and last."""
+    quantize: str = ""
+    """``int8``: weights are held in 8 bits; the sizes above say so.  Empty: in ``dtype``."""
 
 
 class Load(msgspec.Struct, frozen=True):

@@ -41,6 +41,11 @@ class Machine:
 
         return serving_dtype(config.dtype)
 
+    @staticmethod
+    def quantize(config: NodeConfig) -> str:
+        """How the weights of models that this node offers are held."""
+        return "" if config.quantize == "off" else config.quantize
+
     def make_engine(self, config: NodeConfig, vocabularies: Vocabularies) -> Any:
         if not self.holds_layers:
             return NoEngine()
@@ -57,7 +62,7 @@ class Machine:
             from node.engine.span import Part
 
             part = Part.of_span(0, 1, model.n_layers)
-            await asyncio.to_thread(prepare, folder, part, model.dtype, "off", self.threads)
+            await asyncio.to_thread(prepare, folder, part, model.dtype, "off", self.threads, model.quantize)
 
     @staticmethod
     def needed_tensors(folder: Path, names: Sequence[str], start: int, end: int) -> list[str]:

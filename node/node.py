@@ -354,7 +354,9 @@ class Node:
 
     async def offer(self, source: str, name: str) -> ModelInfo:
         """Offer the model at ``source`` to the mesh as ``name``.  Raises ``ConfigError`` when it cannot be served."""
-        found = await self.weights.offer(source, name, self.machine.dtype(self.config))
+        found = await self.weights.offer(
+            source, name, self.machine.dtype(self.config), self.machine.quantize(self.config)
+        )
         await asyncio.to_thread(load_tokenizer, found.folder)
         await self.machine.check_servable(found.info, found.folder)
         self.offered[name] = found.info

@@ -249,6 +249,7 @@ class NodeService:
                 "manifest": model.manifest,
                 "layers": model.n_layers,
                 "dtype": model.dtype,
+                "quantize": model.quantize or None,
                 "offered_by": [m.profile.name for m in self.view.members if _offers(m.profile.models, model)],
                 "missing": (entry.missing or None) if (entry := self.view.placement.of(model.id)) else "not placed yet",
             }

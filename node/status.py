@@ -47,6 +47,7 @@ def status_document(
                     "id": entry.model.id,
                     "layers": entry.model.n_layers,
                     "dtype": entry.model.dtype,
+                    "quantize": entry.model.quantize or None,
                     "missing": entry.missing or None,
                     "spans": [{"node": a.node, "start": a.span.start, "end": a.span.end} for a in entry.spans],
                 }

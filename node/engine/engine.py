@@ -124,7 +124,7 @@ class Engine:
         missing = wanted.minus(holding.shard.part) if holding else wanted
         if missing:
             try:
-                prepared = await self._prepare(folder, missing, model.dtype)
+                prepared = await self._prepare(folder, missing, model.dtype, model.quantize)
                 if known is not None and prepared.mode != known.mode:
                     raise ConfigError(f"{model.id}: layers {span.start}-{span.end} need another mode than those held")
             except BaseException:
@@ -158,10 +158,11 @@ class Engine:
             kept = before.layer_bytes[skip : skip + end - start]
             self._loaded[model] = msgspec.structs.replace(before, span=LayerSpan(model, start, end), layer_bytes=kept)
 
-    async def _prepare(self, folder: Path, part: object, dtype: str) -> Prepared:
+    async def _prepare(self, folder: Path, part: Part, dtype: str, quantize: str) -> Prepared:
         from node.engine.loading import prepare
 
-        return await asyncio.to_thread(prepare, folder, part, dtype, self.config.exact, self.config.threads)  # type: ignore[arg-type]
+        exact, threads = self.config.exact, self.config.threads
+        return await asyncio.to_thread(prepare, folder, part, dtype, exact, threads, quantize)
 
     async def unload(self, span: LayerSpan) -> None:
         """Serve nothing of ``span.model`` any more; its memory is free when the last session on it is closed."""

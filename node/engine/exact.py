@@ -131,6 +131,7 @@ def _bits(dtype: torch.dtype) -> str:
             found.append(products.Float(weight)(x, None))
         if products.can_halve(dtype, torch.device("cpu")):
             found.append(products.Half(weight)(x, None))
+        found.append(products.Int8(weight)(x, None))
         found += [F.silu(found[0]), found[0].float().softmax(-1), found[0].float().pow(2).mean(-1).rsqrt()]
         for tensor in found:
             digest.update(tensor.float().numpy().tobytes())

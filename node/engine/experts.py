@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from node.engine.products import Product, product_of
+from node.engine.products import Form, Product, product_of
 
 EXPERTS = "murmur"
 
@@ -20,17 +20,17 @@ EXPERTS = "murmur"
 class PackedExperts:
     """The products of a module of experts: one an expert and projection."""
 
-    def __init__(self, module: Any) -> None:
+    def __init__(self, module: Any, form: Form) -> None:
         first = "gate_up_proj" if module.has_gate else "up_proj"
-        self.up = self._take(module, first)
-        self.down = self._take(module, "down_proj")
+        self.up = self._take(module, first, form)
+        self.down = self._take(module, "down_proj", form)
         self.rows = math.lcm(*(product.rows for product in (*self.up, *self.down)))
 
     @staticmethod
-    def _take(module: Any, name: str) -> list[Product]:
+    def _take(module: Any, name: str, form: Form) -> list[Product]:
         stacked = getattr(module, name).detach()
         plain = stacked.transpose(1, 2) if module.is_transposed else stacked
-        packed = [product_of(weight.contiguous(), packing=True) for weight in plain]
+        packed = [product_of(weight.contiguous(), form) for weight in plain]
         # The stacked weights are given up: what is left of them is their shape.
         setattr(module, name, nn.Parameter(torch.empty(stacked.shape, device="meta"), requires_grad=False))
         return packed
@@ -40,11 +40,11 @@ class PackedExperts:
         return sum(product.nbytes for product in (*self.up, *self.down))
 
 
-def pack_experts(module: nn.Module) -> None:
+def pack_experts(module: nn.Module, form: Form) -> None:
     """Pack every module of experts below ``module``."""
     for child in module.modules():
         if hasattr(child, "has_gate") and hasattr(child, "is_transposed"):
-            child.packed_experts = PackedExperts(child)  # type: ignore[assignment]
+            child.packed_experts = PackedExperts(child, form)  # type: ignore[assignment]
 
 
 def packed_bytes(module: nn.Module) -> int:

@@ -32,26 +32,25 @@ class Prepared(msgspec.Struct, frozen=True):
     """Why it is not packed."""
 
 
-def prepare(folder: Path, part: Part, dtype: str, exactness: str, threads: int) -> Prepared:
+def prepare(folder: Path, part: Part, dtype: str, exactness: str, threads: int, quantize: str = "") -> Prepared:
     """Load ``part`` from ``folder``.  Raises ``ConfigError`` naming the model's kind and why it cannot serve."""
     with ONE_AT_A_TIME:
         try:
-            return _prepare(folder, part, dtype, exactness, threads)
+            return _prepare(folder, part, dtype, exactness, threads, quantize)
         except (ConfigError, AssertionError):
             raise
         except Exception as error:  # a model's code is its authors': whatever it raises, this node cannot serve it
             raise ConfigError(f"{Path(folder).name} cannot be loaded: {type(error).__name__}: {error}") from error
 
 
-def _prepare(folder: Path, part: Part, dtype: str, exactness: str, threads: int) -> Prepared:
+def _prepare(folder: Path, part: Part, dtype: str, exactness: str, threads: int, quantize: str) -> Prepared:
     torch.set_num_threads(threads)
     attention.register()
     experts.register()
     config = read_config(folder)
     served = getattr(torch, dtype)
     size = config.get_text_config(decoder=True).hidden_size
-    packing = products.can_pack(served, torch.device("cpu")) and size >= products.LEAST_HIDDEN
-    shard = _load(folder, config, part, served, packing)
+    shard = _load(folder, config, part, served, products.form_of(size, served, torch.device("cpu"), quantize))
     runs = _runs(part.layers)
     checks = [check(shard, start, end) for start, end in runs]
     mode: Mode = "packed" if all(c.mode == "packed" for c in checks) else "compat"
@@ -64,11 +63,11 @@ def _prepare(folder: Path, part: Part, dtype: str, exactness: str, threads: int)
     return Prepared(shard, mode, layer_bytes, same, exact.hardware_class("cpu", served), why)
 
 
-def _load(folder: Path, config: Any, part: Part, dtype: torch.dtype, packing: bool) -> Shard:
+def _load(folder: Path, config: Any, part: Part, dtype: torch.dtype, form: products.Form) -> Shard:
     """Piece by piece: each is laid out before the next is read, so that a second copy is never one of the whole."""
     shard: Shard | None = None
     for piece in _pieces(part, _layer_bytes(folder, config)):
-        loaded = Shard(load_part(folder, config, piece, dtype), piece, packing)
+        loaded = Shard(load_part(folder, config, piece, dtype), piece, form)
         if shard is None:
             shard = loaded
         else:

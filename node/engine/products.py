@@ -7,6 +7,8 @@ Three forms of a weight, chosen by what it holds and by this machine (measured o
 * ``Float``: oneDNN's, for all others.  Rows have the same bits in any number.
 * ``Plain``: MKL's, for small models, where a call of the others costs more than the product.
 
+* ``Int8`` (``node/engine/int8.py``): 8 bits, where the model is served quantized.
+
 Layers that are given the same input (queries, keys and values; gate and up) are one product.
 """
 
@@ -14,11 +16,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from node.engine.int8 import Int8, Int8Embedding, can_quantize
 
 LEAST_HIDDEN = 384
 """Below this hidden size the call of a packed product costs more than it saves."""
@@ -96,12 +100,23 @@ class Half:
         return torch.ops.quantized.linear_unpack_fp16(self._packed)[0].float()
 
 
-Product = Plain | Float | Half
+Product = Plain | Float | Half | Int8
+Form = Literal["plain", "packed", "int8"]
+"""How a shard's weights are laid out."""
 
 
-def product_of(weight: torch.Tensor, packing: bool) -> Product:
+def form_of(hidden_size: int, dtype: torch.dtype, device: torch.device, quantize: str = "") -> Form:
+    """The form for a model of this size and serving dtype."""
+    if quantize:
+        return "int8"
+    return "packed" if can_pack(dtype, device) and hidden_size >= LEAST_HIDDEN else "plain"
+
+
+def product_of(weight: torch.Tensor, form: Form) -> Product:
     """``weight`` [out, in] in the best form there is; the same on all machines of one hardware class."""
-    if not packing:
+    if form == "int8" and can_quantize(weight):
+        return Int8(weight)
+    if form == "plain" or not can_pack(weight.dtype, weight.device):
         return Plain(weight)
     if can_halve(weight.dtype, weight.device) and Half.holds(weight):
         return Half(weight)
@@ -111,9 +126,9 @@ def product_of(weight: torch.Tensor, packing: bool) -> Product:
 class Joined:
     """One product for ``n`` layers side by side.  They are called one by one: the first computes for all."""
 
-    def __init__(self, layers: Sequence[tuple[torch.Tensor, torch.Tensor | None]], packing: bool) -> None:
+    def __init__(self, layers: Sequence[tuple[torch.Tensor, torch.Tensor | None]], form: Form) -> None:
         self.sizes = [weight.shape[0] for weight, _ in layers]
-        self.product = product_of(torch.cat([weight for weight, _ in layers]), packing)
+        self.product = product_of(torch.cat([weight for weight, _ in layers]), form)
         biases = [bias for _, bias in layers if bias is not None]
         assert len(biases) in (0, len(layers))
         self.bias = torch.cat(biases) if biases else None
@@ -157,18 +172,18 @@ class PackedLinear(nn.Module):
         return self.joined(x) if self.alone else self.joined.part(self.index, x)
 
 
-def pack_module(module: nn.Module, packing: bool) -> None:
-    """Join siblings below ``module`` and, with ``packing``, lay out every linear layer, one at a time."""
+def pack_module(module: nn.Module, form: Form) -> None:
+    """Join siblings below ``module`` and, unless they stay plain, lay out every linear layer, one at a time."""
     for parent in list(module.modules()):
         for names in SIBLINGS:
             children = [getattr(parent, name, None) for name in names]
             if all(type(child) is nn.Linear for child in children) and _alike(children):
-                joined = Joined([_taken(child) for child in children], packing)
+                joined = Joined([_taken(child) for child in children], form)
                 for index, name in enumerate(names):
                     setattr(parent, name, PackedLinear(joined, index))
-        if packing:
+        if form != "plain":
             for name, child in list(parent.named_children()):
-                if (packed := pack_linear(child)) is not None:
+                if (packed := pack_linear(child, form)) is not None:
                     setattr(parent, name, packed)
 
 
@@ -176,13 +191,13 @@ def _alike(linears: Sequence[Any]) -> bool:
     return len({(linear.in_features, linear.bias is None) for linear in linears}) == 1
 
 
-def pack_linear(child: nn.Module) -> PackedLinear | None:
+def pack_linear(child: nn.Module, form: Form) -> PackedLinear | None:
     """The packed form of ``nn.Linear`` or of GPT-2's transposed ``Conv1D``; ``None`` for anything else."""
     if type(child) is nn.Linear:
-        return PackedLinear(Joined([_taken(child)], packing=True))
+        return PackedLinear(Joined([_taken(child)], form))
     if type(child).__name__ == "Conv1D" and hasattr(child, "nf"):
         weight, bias = _taken(child)
-        return PackedLinear(Joined([(weight.t(), bias)], packing=True))
+        return PackedLinear(Joined([(weight.t(), bias)], form))
     return None
 
 
@@ -190,12 +205,20 @@ def _taken(linear: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
     return linear.weight.detach(), None if linear.bias is None else linear.bias.detach()
 
 
-def joined_below(module: nn.Module) -> list[Joined]:
-    """Every product below ``module``, once."""
-    found = {id(m.joined): m.joined for m in module.modules() if isinstance(m, PackedLinear)}
-    return list(found.values())
+def pack_embedding(child: nn.Module, head: PackedLinear | None) -> Int8Embedding | None:
+    """The 8-bit form of an embedding; one that is tied to ``head`` shares its weight.  ``None``: it stays as it is."""
+    product = head.joined.product if head is not None else None
+    if not isinstance(child, nn.Embedding) or not can_quantize(child.weight) or not isinstance(product, Int8 | None):
+        return None
+    return Int8Embedding(child, product)
+
+
+def products_below(module: nn.Module) -> list[Product]:
+    """Every product below ``module``; one that is shared is there as often."""
+    linears = [m.joined.product for m in module.modules() if isinstance(m, PackedLinear)]
+    return linears + [m.product for m in module.modules() if isinstance(m, Int8Embedding)]
 
 
 def rows_below(module: nn.Module) -> int:
     """Forwards whose rows are a multiple of this many give the products below ``module`` bits that do not differ."""
-    return math.lcm(*(joined.product.rows for joined in joined_below(module)))
+    return math.lcm(*(product.rows for product in products_below(module)))

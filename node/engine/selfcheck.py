@@ -52,10 +52,10 @@ def check(shard: Shard, start: int, end: int) -> Served:
     why_not = _why_not_packed(shard)
     if not why_not:
         shard.use(attention.NAME)
-        outcome = _try_packed(shard, start, end, given, expected, TOLERANCE[shard.dtype] / LEAN_TOLERANCE)
+        outcome = _try_packed(shard, start, end, given, expected, TOLERANCE[shard.precision] / LEAN_TOLERANCE)
         if isinstance(outcome, str):
             shard.give_up_lean()
-            outcome = _try_packed(shard, start, end, given, expected, TOLERANCE[shard.dtype])
+            outcome = _try_packed(shard, start, end, given, expected, TOLERANCE[shard.precision])
         if not isinstance(outcome, str):
             return Served("packed", outcome)
         why_not = outcome
@@ -142,7 +142,7 @@ def _try_compat(shard: Shard, start: int, end: int, given: torch.Tensor, expecte
     except Exception as error:
         return _line(error)
     per_layer = state.bytes // state.length // (end - start)
-    return _difference(outcomes, expected, TOLERANCE[shard.dtype]) or (per_layer,) * (end - start)
+    return _difference(outcomes, expected, TOLERANCE[shard.precision]) or (per_layer,) * (end - start)
 
 
 def _difference(outcomes: list[Outcome], expected: Outcome, tolerance: float) -> str:

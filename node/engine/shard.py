@@ -91,9 +91,9 @@ class LayersReturnTuples(Exception):
 class Shard:
     """The loaded part of one model.  Not for two threads at once."""
 
-    def __init__(self, model: Any, part: Part, packing: bool) -> None:
-        """Take over ``model`` as ``load_part`` gave it; ``packing``: replace its products by packed ones."""
-        self.model, self.part, self.packing = model, part, packing
+    def __init__(self, model: Any, part: Part, form: products.Form) -> None:
+        """Take over ``model`` as ``load_part`` gave it; ``form``: how its weights are laid out."""
+        self.model, self.part, self.form = model, part, form
         self.layout: Layout = model._layout
         self.config = model.config
         self.device = torch.device("cpu")
@@ -127,10 +127,15 @@ class Shard:
         return [m for m in self.model.modules() if hasattr(m, "max_seq_len_cached") and hasattr(m, "original_inv_freq")]
 
     @property
+    def precision(self) -> torch.dtype:
+        """What rounding of activations is to be expected inside."""
+        return torch.bfloat16 if self.form == "int8" else self.dtype
+
+    @property
     def weight_bytes(self) -> int:
         held = {id(p): p.nbytes for p in self.model.parameters() if p.device.type != "meta"}
-        packed = sum(joined.product.nbytes for joined in products.joined_below(self.model))
-        return sum(held.values()) + packed + experts.packed_bytes(self.model)
+        packed = {id(p): p.nbytes for p in products.products_below(self.model)}
+        return sum(held.values()) + sum(packed.values()) + experts.packed_bytes(self.model)
 
     @property
     def least_multiple(self) -> int:
@@ -139,15 +144,23 @@ class Shard:
 
     def _pack(self, part: Part) -> None:
         for index in part.layers:
-            if self.packing:
-                experts.pack_experts(self._layers[index])
-            products.pack_module(self._layers[index], self.packing)
-        if not self.packing or not part.head:
-            return
+            if self.form != "plain":
+                experts.pack_experts(self._layers[index], self.form)
+            products.pack_module(self._layers[index], self.form)
+        if self.form != "plain":
+            self._pack_ends(part)
+
+    def _pack_ends(self, part: Part) -> None:
         head = self.model.get_submodule(self.layout.head)
-        if (packed := products.pack_linear(head)) is not None:
+        packed = products.pack_linear(head, self.form) if part.head else None
+        if part.embed and self.form == "int8":
+            embedding = self.model.get_submodule(self.layout.embed)
+            shared = packed if self.layout.tied else None
+            if (small := products.pack_embedding(embedding, shared)) is not None:
+                replace_module(self.model, self.layout.embed, small)
+        if packed is not None:
             replace_module(self.model, self.layout.head, packed)
-            if not self.part.embed:  # a tied embedding was loaded for the head's sake only
+            if not part.embed:  # a tied embedding was loaded for the head's sake only
                 replace_module(self.model, self.layout.embed, Absent())
 
     # -- coming and going ----------------------------------------------------------------------------------------------

@@ -24,12 +24,12 @@ class Weights:
         self._needed = needed
         self._fetcher = Fetcher(self.store, files, on_bad_peer)
 
-    async def offer(self, source: str | Path, name: str, dtype: str) -> Offer:
+    async def offer(self, source: str | Path, name: str, dtype: str, quantize: str = "") -> Offer:
         """Offer the model at ``source`` (folder or hub id): from now on it is served to peers from where it lies.
 
         Raises ``ConfigError``.  Seconds of hashing for a large model, once.
         """
-        offered = await offer(source, name, dtype, self._hashes)
+        offered = await offer(source, name, dtype, self._hashes, quantize)
         self.store.add_whole(offered.manifest, offered.folder)
         return offered
 

@@ -54,12 +54,12 @@ class Offer(msgspec.Struct, frozen=True):
     info: ModelInfo
 
 
-async def offer(source: str | Path, name: str, dtype: str, cache: Path) -> Offer:
-    """Read the model at ``source``, a folder or a hub id, to be served as ``name`` in ``dtype``.
+async def offer(source: str | Path, name: str, dtype: str, cache: Path, quantize: str = "") -> Offer:
+    """Read the model at ``source``, a folder or a hub id, to be served as ``name`` in ``dtype``, perhaps quantized.
 
     ``cache`` is a folder for remembered hashes.  Raises ``ConfigError`` that names what is wrong with the source.
     """
-    return await asyncio.to_thread(_offer, source, name, dtype, cache)
+    return await asyncio.to_thread(_offer, source, name, dtype, cache, quantize)
 
 
 def default_name(source: str | Path) -> str:
@@ -79,7 +79,7 @@ def check_source(source: str | Path) -> list[Path]:
     return files
 
 
-def _offer(source: str | Path, name: str, dtype: str, cache: Path) -> Offer:
+def _offer(source: str | Path, name: str, dtype: str, cache: Path, quantize: str) -> Offer:
     files = check_source(source)
     folder = files[0].parent
     manifest = Manifest(_small_files(folder), tuple(_remembered(path, cache) for path in files))
@@ -88,7 +88,7 @@ def _offer(source: str | Path, name: str, dtype: str, cache: Path) -> Offer:
     except ValueError as error:
         raise ConfigError(f"model folder {folder}: {error}") from None
     _require_indexed(folder, manifest)
-    return Offer(folder, manifest, model_info(name, folder, manifest, dtype))
+    return Offer(folder, manifest, model_info(name, folder, manifest, dtype, quantize))
 
 
 def _is_path(source: str | Path) -> bool:

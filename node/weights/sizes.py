@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,10 @@ WIDENED = {"fp8", "mxfp8", "mxfp4"}
 """Quantized checkpoints (``quant_method``) that transformers widens by itself when it loads them, on any device."""
 
 
-def model_info(name: str, folder: Path, manifest: Manifest, dtype: str) -> ModelInfo:
+def model_info(name: str, folder: Path, manifest: Manifest, dtype: str, quantize: str = "") -> ModelInfo:
     """The figures of ``manifest``'s model when served in ``dtype`` (``float32``, ``bfloat16``, ``float16``).
+
+    ``quantize``: ``int8`` or empty.
 
     Raises ``ConfigError`` for a kind of model that transformers does not know as a causal language model, and for
     a configuration that lacks what is needed.  Imports transformers: call it off the event loop.
@@ -35,12 +38,13 @@ def model_info(name: str, folder: Path, manifest: Manifest, dtype: str) -> Model
     config = _text_config(folder)
     tensors = [tensor for file in manifest.files for tensor in file.tensors]
     n_layers = int(_need(config, folder, "num_hidden_layers", "n_layer", "num_layers"))
-    layers, outside = _by_layer(tensors, n_layers, dtype)
-    embed = sum(served_bytes(tensor, dtype) for tensor in outside if _is_embedding(tensor.name))
-    head = sum(served_bytes(tensor, dtype) for tensor in outside if not _is_embedding(tensor.name))
+    held = partial(served_bytes, dtype=dtype, quantize=quantize)
+    layers, outside = _by_layer(tensors, n_layers, held)
+    embed = sum(held(tensor) for tensor in outside if _is_embedding(tensor.name))
+    head = sum(held(tensor) for tensor in outside if not _is_embedding(tensor.name))
     tied = 0
     if not any(_HEAD.search(tensor.name) for tensor in outside):
-        tied = max((served_bytes(t, dtype) for t in outside if _is_embedding(t.name)), default=0)
+        tied = max((held(t) for t in outside if _is_embedding(t.name)), default=0)
     return ModelInfo(
         id=ModelId(name),
         manifest=manifest.id,
@@ -54,6 +58,7 @@ def model_info(name: str, folder: Path, manifest: Manifest, dtype: str) -> Model
         vocab_size=int(_need(config, folder, "vocab_size")),
         max_context=int(_need(config, folder, "max_position_embeddings", "n_positions", "max_seq_len", "seq_length")),
         dtype=dtype,
+        quantize=quantize,
     )
 
 
@@ -70,13 +75,18 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def served_bytes(tensor: Tensor, dtype: str) -> int:
-    """Bytes of a tensor in memory: floating-point weights are held in ``dtype``, others as they are."""
-    if tensor.dtype == "U8" and tensor.name.endswith("_blocks"):  # mxfp4: two numbers a byte
-        return tensor.size * 2 * DTYPE_BYTES[dtype]
-    if tensor.dtype in _FLOATS:
-        return tensor.size // ITEM_BYTES[tensor.dtype] * DTYPE_BYTES[dtype]
-    return tensor.size
+def served_bytes(tensor: Tensor, dtype: str, quantize: str = "") -> int:
+    """Bytes of a tensor in memory: floating-point weights are held in ``dtype``, others as they are.
+
+    Quantized, matrices take a byte a number and a scale of two bytes a row.
+    """
+    packed = tensor.dtype == "U8" and tensor.name.endswith("_blocks")  # mxfp4: two numbers a byte
+    if tensor.dtype not in _FLOATS and not packed:
+        return tensor.size
+    numbers = tensor.size * 2 if packed else tensor.size // ITEM_BYTES[tensor.dtype]
+    if quantize and len(tensor.shape) > 1 and tensor.shape[-1]:
+        return numbers * DTYPE_BYTES[quantize] + numbers // tensor.shape[-1] * 2
+    return numbers * DTYPE_BYTES[dtype]
 
 
 def _text_config(folder: Path) -> Any:
@@ -105,8 +115,8 @@ def _require_loadable(folder: Path, raw: dict[str, Any]) -> None:
     if stored and method not in WIDENED:
         raise ConfigError(
             f"model folder {folder}: its weights are quantized by {str(method or 'bitsandbytes')!r}, which needs "
-            "libraries or devices that this version does not use: offer the unquantized checkpoint (quantized ones "
-            f"that can be loaded: {', '.join(sorted(WIDENED))})"
+            "libraries or devices that this version does not use: offer the unquantized checkpoint, with --quantize "
+            f"int8 to hold it in 8 bits (quantized ones that can be loaded: {', '.join(sorted(WIDENED))})"
         )
 
 
@@ -132,7 +142,9 @@ def _kv_values(config: Any, folder: Path) -> int:
     return 2 * int(kv_heads) * int(getattr(config, "head_dim", None) or hidden // heads)
 
 
-def _by_layer(tensors: Iterable[Tensor], n_layers: int, dtype: str) -> tuple[list[int], list[Tensor]]:
+def _by_layer(
+    tensors: Iterable[Tensor], n_layers: int, held: Callable[[Tensor], int]
+) -> tuple[list[int], list[Tensor]]:
     """Bytes of each layer, and the tensors outside any; the numbered family with the most bytes are the layers."""
     families: dict[str, dict[int, list[Tensor]]] = {}
     outside = []
@@ -145,7 +157,7 @@ def _by_layer(tensors: Iterable[Tensor], n_layers: int, dtype: str) -> tuple[lis
     if not families:
         raise ConfigError("the weights have no numbered layers: not a model that can be split")
     sizes = {
-        prefix: [sum(served_bytes(t, dtype) for t in family.get(i, [])) for i in range(n_layers)]
+        prefix: [sum(held(t) for t in family.get(i, [])) for i in range(n_layers)]
         for prefix, family in families.items()
     }
     layers = max(sizes, key=lambda prefix: sum(sizes[prefix]))

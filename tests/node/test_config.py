@@ -49,6 +49,7 @@ GIVEN: dict[str, tuple[str, Any]] = {
     "weight_memory": ("1GiB", 1 << 30),
     "threads": ("3", 3),
     "dtype": ("bfloat16", "bfloat16"),
+    "quantize": ("int8", "int8"),
     "role": ("witness", "witness"),
     "log_format": ("json", "json"),
     "advertise": ("h:3", "h:3"),
@@ -256,3 +257,8 @@ def test_help_says_every_default_that_is_one(capsys: pytest.CaptureFixture[str])
     }.items():
         assert str(getattr(NodeConfig(), field)) == value
         assert f"[{value}]" in text
+
+
+@pytest.mark.parametrize("text", ["int4", "nf4", "int7"])
+def test_forms_of_weights_that_no_kernel_here_reads_are_refused(text: str) -> None:
+    assert "int8" in refused({"quantize": text})

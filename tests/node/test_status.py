@@ -68,7 +68,9 @@ def test_the_placement_names_the_record_that_it_is_of() -> None:
     placement = document(view())["placement"]
     assert (placement["id"], placement["term"], placement["version"]) == ([2, 6], 8, 11)
     spans = [{"node": "a", "start": 0, "end": 8}, {"node": "b", "start": 4, "end": 8}]
-    assert placement["models"] == [{"id": "m", "layers": 8, "dtype": "bfloat16", "missing": None, "spans": spans}]
+    assert placement["models"] == [
+        {"id": "m", "layers": 8, "dtype": "bfloat16", "quantize": None, "missing": None, "spans": spans}
+    ]
 
 
 def test_members() -> None:

@@ -15,10 +15,10 @@ MODEL = ModelId("tiny")
 GREEDY = SamplingParams(temperature=0.0, max_tokens=16)
 
 
-def info(n_layers: int = 4, dtype: str = "float32") -> ModelInfo:
-    """As placement would know the model; the engine reads layers, name and dtype of it."""
+def info(n_layers: int = 4, dtype: str = "float32", quantize: str = "") -> ModelInfo:
+    """As placement would know the model; the engine reads layers, name, dtype and quantize of it."""
     sizes = {"layer_bytes": 1, "embed_bytes": 1, "head_bytes": 1, "hidden_size": 64, "kv_bytes": 1, "vocab_size": 256}
-    return ModelInfo(id=MODEL, manifest="", n_layers=n_layers, max_context=512, dtype=dtype, **sizes)
+    return ModelInfo(id=MODEL, manifest="", n_layers=n_layers, max_context=512, dtype=dtype, quantize=quantize, **sizes)
 
 
 class Chain:
@@ -36,9 +36,9 @@ class Chain:
         for i, engine in enumerate(self.engines):
             engine.on_results = self._taker(i)
 
-    async def load(self, folder: Path, n_layers: int = 4, dtype: str = "float32") -> None:
+    async def load(self, folder: Path, n_layers: int = 4, dtype: str = "float32", quantize: str = "") -> None:
         for engine, (a, b) in zip(self.engines, self.spans, strict=True):
-            await engine.load(info(n_layers, dtype), folder, LayerSpan(MODEL, a, b))
+            await engine.load(info(n_layers, dtype, quantize), folder, LayerSpan(MODEL, a, b))
 
     def open(self, key: str, prompt: Sequence[int], sampling: SamplingParams, tokens: int, **spec: object) -> None:
         self.drawn[key], self.results[key], self.passed[key] = [], [], []

@@ -25,9 +25,9 @@ FORMS: dict[str, dict[str, object]] = {"wide": {}, "wide, in half": {"dtype": "b
 Trace = list[tuple[int, float, tuple[tuple[int, float], ...]]]
 
 
-async def _loaded(folder: Path, cuts: Sequence[int], **config: object) -> Chain:
+async def _loaded(folder: Path, cuts: Sequence[int], quantize: str = "", **config: object) -> Chain:
     chain = Chain(cuts, **config)
-    await chain.load(folder)
+    await chain.load(folder, quantize=quantize)
     assert all(loaded.exact for engine in chain.engines for loaded in engine.loaded)
     return chain
 
@@ -39,27 +39,37 @@ async def _run(chain: Chain, prompts: Sequence[Sequence[int]]) -> list[Trace]:
     return [[(s.token, s.logprob, s.top) for s in row] for row in sampled]
 
 
-@pytest.mark.parametrize("kind", [*KINDS, *FORMS])
+def _folder(kind: str, tiny: Callable[..., Path]) -> Path:
+    if kind in FORMS:
+        return tiny("llama", 4, num_key_value_heads=1, **WIDE, **FORMS[kind])
+    return tiny(kind.removeprefix("int8 "))
+
+
+def _quantize(kind: str) -> str:
+    return "int8" if kind.startswith("int8 ") else ""
+
+
+@pytest.mark.parametrize("kind", [*KINDS, *FORMS, "int8 llama", "int8 mixtral"])
 async def test_bits_do_not_depend_on_batch_chunks_or_stages(
     kind: str, tiny: Callable[..., Path], prompts: list[list[int]]
 ) -> None:
-    folder = tiny("llama", 4, num_key_value_heads=1, **WIDE, **FORMS[kind]) if kind in FORMS else tiny(kind)
+    folder = _folder(kind, tiny)
     long = [*prompts, prompts[1] + prompts[3] + prompts[0]]  # past one page of keys
-    whole = await _loaded(folder, (0, 4))
+    whole = await _loaded(folder, (0, 4), _quantize(kind))
     batch = await _run(whole, long)
     assert [(await _run(whole, [prompt]))[0] for prompt in (long[0], long[4])] == [batch[0], batch[4]]
     await whole.stop()
-    parts = await _loaded(folder, (0, 1, 3, 4), step_rows=26)
+    parts = await _loaded(folder, (0, 1, 3, 4), _quantize(kind), step_rows=26)
     assert (await _run(parts, long[::-1]))[::-1] == batch
     await parts.stop()
 
 
-@pytest.mark.parametrize("kind", ["llama", *FORMS])
+@pytest.mark.parametrize("kind", ["llama", *FORMS, "int8 llama"])
 async def test_bits_do_not_depend_on_threads(kind: str, tiny: Callable[..., Path], prompts: list[list[int]]) -> None:
-    folder = tiny("llama", 4, num_key_value_heads=1, **WIDE, **FORMS[kind]) if kind in FORMS else tiny(kind)
+    folder = _folder(kind, tiny)
     found = []
     for threads in (1, 2):
-        chain = await _loaded(folder, (0, 4), threads=threads)
+        chain = await _loaded(folder, (0, 4), _quantize(kind), threads=threads)
         found.append(await _run(chain, prompts[:2]))
         await chain.stop()
     assert found[0] == found[1]
