@@ -20,7 +20,7 @@ from mesh.types import PRIORITIES, Priority, Role
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Exact = Literal["auto", "on", "off"]
-Quantize = Literal["off", "int8"]
+Quantize = Literal["none", "int8"]
 BALANCE = ("latency", "round_robin", "least_connections", "weighted", "memory", "prefix_affinity")
 
 
@@ -45,7 +45,7 @@ class NodeConfig(msgspec.Struct, frozen=True, kw_only=True):
     weight_memory: int = 0
     threads: int = 0
     dtype: Dtype = "auto"
-    quantize: Quantize = "off"
+    quantize: Quantize = "none"
     role: Role = "any"
     log_format: Literal["text", "json"] = "text"
     advertise: str = ""
@@ -163,7 +163,7 @@ SETTINGS = (
     Setting("weight_memory", parse_size, "how much of it weights may take [70 % of --memory]", "SIZE"),
     Setting("threads", _count(1), "compute threads [this node's share of the cores]", "N"),
     Setting("dtype", _one_of(*get_args(Dtype)), "of weights and activations [auto]", "auto|float32|bfloat16|float16"),
-    Setting("quantize", _quantize, "hold the weights of models offered here in 8 bits [off]", "off|int8"),
+    Setting("quantize", _quantize, "hold the weights of models offered here in 8 bits [none]", "none|int8"),
     Setting("role", _one_of(*get_args(Role)), "what this node does [any]", "any|stage|entry|witness"),
     Setting("log_format", _one_of("text", "json"), "[text]", "text|json"),
     Setting("advertise", parse_address, "peer door as others reach it [--listen]", "HOST:PORT"),

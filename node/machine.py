@@ -44,7 +44,7 @@ class Machine:
     @staticmethod
     def quantize(config: NodeConfig) -> str:
         """How the weights of models that this node offers are held."""
-        return "" if config.quantize == "off" else config.quantize
+        return "" if config.quantize == "none" else config.quantize
 
     def make_engine(self, config: NodeConfig, vocabularies: Vocabularies) -> Any:
         if not self.holds_layers:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,13 +29,13 @@ class Streams:
         engine.on_results = self._take
 
     @classmethod
-    async def load(cls, folder: Path, dtype: str, **config: Any) -> Streams:
+    async def load(cls, folder: Path, dtype: str, quantize: str = "", **config: Any) -> Streams:
         from mesh.types import LayerSpan
         from node.engine.engine import Engine, EngineConfig
         from node.weights.offer import offer
 
-        cache = folder.parent / "offered"
-        info = (await offer(folder, "bench", dtype, cache)).info
+        with tempfile.TemporaryDirectory() as hashes:
+            info = (await offer(folder, "bench", dtype, Path(hashes), quantize)).info
         engine = Engine(EngineConfig(kv_bytes=4 << 30, **config))
         await engine.load(info, folder, LayerSpan(info.id, 0, info.n_layers))
         return cls(engine, info)

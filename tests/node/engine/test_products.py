@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from node.engine.products import Float, Half, Joined, PackedLinear, Plain, can_halve, pack_module, product_of
+from node.engine.products import Float, Form, Half, Joined, PackedLinear, Plain, can_halve, pack_module, product_of
 
 CPU = torch.device("cpu")
 needs_half = pytest.mark.skipif(not can_halve(torch.float32, CPU), reason="no FBGEMM on this machine")
@@ -36,8 +36,8 @@ def _rows(n: int, size: int) -> torch.Tensor:
     ids=["bfloat16", "float16", "float32", "large", "tiny", "nan"],
 )
 def test_half_precision_is_taken_where_it_loses_nothing(weight: torch.Tensor, held: bool) -> None:
-    assert isinstance(product_of(weight, packing=True), Half if held else Float)
-    assert isinstance(product_of(weight, packing=False), Plain)
+    assert isinstance(product_of(weight, form="packed"), Half if held else Float)
+    assert isinstance(product_of(weight, form="plain"), Plain)
 
 
 @needs_half
@@ -71,18 +71,18 @@ class _Mlp(nn.Module):
         self.down_proj = nn.Linear(80, 64)
 
 
-@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("form", ["packed", "plain"])
 @pytest.mark.parametrize("bias", [True, False])
-def test_siblings_are_one_product_and_answer_for_themselves(packing: bool, bias: bool) -> None:
+def test_siblings_are_one_product_and_answer_for_themselves(form: Form, bias: bool) -> None:
     mlp, x = _Mlp(bias).requires_grad_(False), _rows(5, 64)
     expected = mlp.gate_proj(x), mlp.up_proj(x)
     weights = [mlp.gate_proj.weight.clone(), mlp.up_proj.weight.clone()]
-    pack_module(mlp, packing)
+    pack_module(mlp, form)
     gate, up = mlp.get_submodule("gate_proj"), mlp.get_submodule("up_proj")
     assert isinstance(gate, PackedLinear)
     assert isinstance(up, PackedLinear)
     assert gate.joined is up.joined
-    assert isinstance(mlp.down_proj, PackedLinear) is packing
+    assert isinstance(mlp.down_proj, PackedLinear) is (form == "packed")
     torch.testing.assert_close((gate(x), up(x)), expected)
     assert torch.equal(gate.weight, weights[0])
     assert torch.equal(up.weight, weights[1])
@@ -91,7 +91,7 @@ def test_siblings_are_one_product_and_answer_for_themselves(packing: bool, bias:
 
 def test_siblings_that_are_given_different_inputs_are_right_all_the_same() -> None:
     layers = [(_weight(8, 64), None), (_weight(4, 64), None)]
-    joined, x, y = Joined(layers, packing=False), _rows(3, 64), _rows(2, 64)
+    joined, x, y = Joined(layers, form="plain"), _rows(3, 64), _rows(2, 64)
     torch.testing.assert_close(joined.part(0, x), F.linear(x, layers[0][0]))
     torch.testing.assert_close(joined.part(1, y), F.linear(y, layers[1][0]))
     torch.testing.assert_close(joined.part(0, x), F.linear(x, layers[0][0]))
@@ -101,5 +101,5 @@ def test_siblings_that_are_given_different_inputs_are_right_all_the_same() -> No
 def test_layers_that_differ_in_bias_stay_apart() -> None:
     mlp = _Mlp().requires_grad_(False)
     mlp.up_proj = nn.Linear(64, 80).requires_grad_(False)
-    pack_module(mlp, packing=False)
+    pack_module(mlp, form="plain")
     assert type(mlp.gate_proj) is nn.Linear
