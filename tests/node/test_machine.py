@@ -134,7 +134,7 @@ async def test_one_layer_is_tried_before_a_model_is_offered_where_it_fits(
         await Machine(config, 0.0, 0.0).check_servable(info, tmp_path)
     assert tried == []
     await Machine(NodeConfig(memory=2 * 130, threads=3), 0.0, 0.0).check_servable(info, tmp_path)
-    assert tried == [(tmp_path, (0, 1, 8), "bfloat16", "off", 3)]
+    assert tried == [(tmp_path, (0, 1, 8), "bfloat16", "off", 3, "")]
 
 
 @pytest.mark.parametrize(
