@@ -118,7 +118,7 @@ def _one_of(*values: str) -> Callable[[str], str]:
 
 def _quantize(text: str) -> str:
     if text in ("int4", "nf4", "fp4", "4bit"):
-        raise ValueError("needs kernels that no library of this version brings; int8 works on every CPU")
+        raise ValueError("is not served by this version; int8 works on every CPU")
     return _one_of(*get_args(Quantize))(text)
 
 

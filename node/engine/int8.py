@@ -2,7 +2,7 @@
 
 The product is ``torch._weight_int8pack_mm``, which converts weights as it reads them: a quarter of the memory traffic
 of float32 at few rows, where reading the weights is all there is to decoding.  Its rows have the same bits in any
-number, with any number of threads (docs/decisions/0065).  It takes bfloat16 rows, so activations are rounded to
+number, with any number of threads (docs/decisions/0066).  It takes bfloat16 rows, so activations are rounded to
 bfloat16 on their way in and out; sums are float32.
 """
 

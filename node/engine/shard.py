@@ -29,6 +29,8 @@ class _Flow:
         self.out: torch.Tensor | None = None
         self.tuples = False
         """Layers return tuples; learned at load."""
+        self.beside: torch.Tensor | None = None
+        """What the last layer returned beside its hidden states."""
         self.packed = False
         """This forward is a packed one: layers with a lean form use it."""
 
@@ -45,6 +47,8 @@ class Slot(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         flow = self.flow
+        if flow.beside is not None and any(given is flow.beside for given in (*args, *kwargs.values())):
+            raise LayersHandOnMore("its layers hand each other more than hidden states")
         if not flow.start <= self.index < flow.end:
             hidden = args[0] if args else kwargs["hidden_states"]
             return (hidden, None) if flow.tuples else hidden
@@ -60,6 +64,7 @@ class Slot(nn.Module):
             out = self.layer(*args, **kwargs)
         if isinstance(out, tuple) != flow.tuples:
             raise LayersReturnTuples(isinstance(out, tuple))
+        flow.beside = out[1] if isinstance(out, tuple) and isinstance(out[1], torch.Tensor) else None
         if self.index == flow.end - 1:
             flow.out = out[0] if flow.tuples else out
         return out
@@ -86,6 +91,10 @@ def _leave_files(model: nn.Module) -> None:
 
 class LayersReturnTuples(Exception):
     """The layers' form of return is not the one assumed; raised at most once, in the first forward."""
+
+
+class LayersHandOnMore(Exception):
+    """A layer is given what the one before returned beside its hidden states: a cut between them would lose it."""
 
 
 class Shard:
@@ -236,7 +245,7 @@ class Shard:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The model's own forward.  ``given`` [1, T] ids or [1, T, H] -> hidden [1, T, H], logits of ``rows``."""
         flow = self._flow
-        flow.start, flow.end, flow.out = start, end, None
+        flow.start, flow.end, flow.out, flow.beside = start, end, None, None
         target = self.model if rows is not None else self._owner
         takes = self._takes[target]
         options = {name: value for name, value in options.items() if _fits(name, takes)}
@@ -252,7 +261,7 @@ class Shard:
         try:
             answer = target(**options)
         finally:
-            flow.given = None
+            flow.given = flow.beside = None
         out, flow.out = flow.out, None
         assert out is not None, "no layer ran"
         if rows is None:

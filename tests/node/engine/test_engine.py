@@ -402,6 +402,8 @@ async def test_a_model_that_cannot_be_served_is_refused_by_name(tiny: Tiny, tmp_
         with pytest.raises(ConfigError, match=why) as refused:
             await engine.load(info(), tmp_path, LayerSpan(MODEL, 0, 4))
         assert "\n" not in str(refused.value)
+    with pytest.raises(ConfigError, match=r"zaya: .*hand each other more than hidden states"):
+        await engine.load(info(), tiny("zaya"), LayerSpan(MODEL, 0, 1))  # one layer is tried before a model is offered
     with pytest.raises(ConfigError, match="no layers"):
         await engine.load(info(), tiny("llama"), LayerSpan(MODEL, 2, 9))
     await engine.stop()
