@@ -7,7 +7,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from node.engine.products import Float, Form, Half, Joined, PackedLinear, Plain, can_halve, pack_module, product_of
+from node.engine.products import (
+    Float,
+    Form,
+    Half,
+    Joined,
+    PackedLinear,
+    Plain,
+    can_halve,
+    pack_module,
+    product_of,
+    rows_below,
+)
 
 CPU = torch.device("cpu")
 needs_half = pytest.mark.skipif(not can_halve(torch.float32, CPU), reason="no FBGEMM on this machine")
@@ -103,3 +114,13 @@ def test_layers_that_differ_in_bias_stay_apart() -> None:
     mlp.up_proj = nn.Linear(64, 80).requires_grad_(False)
     pack_module(mlp, form="plain")
     assert type(mlp.gate_proj) is nn.Linear
+
+
+def test_what_is_not_packed_beside_what_is_asks_for_whole_fours() -> None:
+    """A router of experts: its rows differ with their number, and rounding behind it hides that from most tests."""
+    layer = nn.Module()
+    layer.gate, layer.down = nn.Module(), nn.Linear(64, 64)
+    pack_module(layer, "int8")
+    assert rows_below(layer) == 1
+    layer.gate.weight = nn.Parameter(torch.randn(4, 64))
+    assert rows_below(layer) == 4
