@@ -2,14 +2,15 @@
 
 An ``Extent`` holds the sequences of one width class over one range of layers.  Its tensors are [slots, width, heads,
 head size]: a step's rows are written by one ``index_copy_`` per layer, and neighbouring slots are read as one view.
-Tensors come from ``torch.empty`` and the system gives memory when it is first written; whoever enters a new page of a
-slot clears what it does not write of it, so that masked columns are never NaN.
+The system gives memory when it is first written, and has that of a slot back when its sequence ends; whoever enters a
+new page of a slot clears what it does not write of it, so that masked columns are never NaN.
 """
 
 from __future__ import annotations
 
 import torch
 
+from node.engine.memory import Mapping
 from node.engine.pages import Slots, width_of
 
 
@@ -20,8 +21,8 @@ class Extent:
         self.width = width
         self.slots = Slots()
         self._room = 0
-        self._keys: dict[int, torch.Tensor] = {}
-        self._values: dict[int, torch.Tensor] = {}
+        self._layers: dict[int, tuple[Mapping, Mapping]] = {}
+        """Keys and values of each layer."""
 
     def take(self) -> int:
         """A slot for a new sequence; grows the tensors to hold it."""
@@ -35,33 +36,41 @@ class Extent:
         self.slots.give(slot)
         if self.slots.span * 4 <= self._room:
             self._resize(self.slots.span)
+            return
+        for mapping in self._mappings():
+            mapping.release(slot)
 
     def layer(self, index: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The tensors of layer ``index``, made for heads like those of ``key`` and ``value`` [T, H, D]."""
-        keys = self._keys.get(index)
-        if keys is None:
-            keys = self._keys[index] = self._empty(key)
-            self._values[index] = self._empty(value)
-        return keys, self._values[index]
+        if index not in self._layers:
+            self._layers[index] = (self._new(key), self._new(value))
+        return self.tensors(index)
 
     def tensors(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of layer ``index``, each [slots, width, heads, head size]."""
-        return self._keys[index], self._values[index]
+        keys, values = self._layers[index]
+        return keys.tensor, values.tensor
 
     @property
     def bytes(self) -> int:
-        return sum(t.nbytes for group in (self._keys, self._values) for t in list(group.values()))
+        return sum(mapping.tensor.nbytes for mapping in self._mappings())
 
-    def _empty(self, like: torch.Tensor) -> torch.Tensor:
-        return like.new_empty(self._room, self.width, *like.shape[1:])
+    def _mappings(self) -> list[Mapping]:
+        return [mapping for layer in list(self._layers.values()) for mapping in layer]
+
+    def _new(self, like: torch.Tensor) -> Mapping:
+        """For heads like those of ``like`` [T, H, D]."""
+        return Mapping(self._room, (self.width, *like.shape[1:]), like)
 
     def _resize(self, room: int) -> None:
         kept = min(self._room, room)
-        for tensors in (self._keys, self._values):
-            for index, old in list(tensors.items()):
-                new = old.new_empty(room, *old.shape[1:])
-                new[:kept] = old[:kept]
-                tensors[index] = new
+        for index, layer in list(self._layers.items()):
+            new = []
+            for old in layer:
+                grown = Mapping(room, old.tensor.shape[1:], old.tensor)
+                grown.tensor[:kept] = old.tensor[:kept]
+                new.append(grown)
+            self._layers[index] = (new[0], new[1])
         self._room = room
 
 
