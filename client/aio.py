@@ -192,7 +192,7 @@ class AsyncMeshClient:
 
     async def open(self, progress: Progress, rounds: Rounds) -> tuple[aiohttp.ClientResponse, str]:
         """A node that takes the request, and its response with the stream.  ``closed`` must follow."""
-        headers = {"Idempotency-Key": progress.idempotency_key, **_last_event(progress)}
+        headers = {"Idempotency-Key": progress.idempotency_key, "X-Mesh-Follows": "1", **_last_event(progress)}
         response, url = await self._attempt("POST", progress.path, progress.body, headers, rounds)
         progress.session = response.headers.get("x-mesh-session", "")
         progress.route = response.headers.get("x-mesh-route", "")

@@ -21,7 +21,8 @@ TRANSPORT = (aiohttp.ClientError, ConnectionError, asyncio.TimeoutError, ValueEr
 """The connection's or the server's fault; ValueError: what came was no event stream."""
 WORTH_ANOTHER_TRY = frozenset({"rate_limit_exceeded", "no_route", "overloaded", "stale_placement"})
 """Error codes of a stream that had not begun: another node, or the same a little later, may take it."""
-
+GOES_ON_ELSEWHERE = "leaving"
+"""The code of a stream that its node ends because it leaves: any other node has the rest."""
 GONE = "session_gone"
 """All that knew the session were lost while a node passed it on: it is run again, like one that no node knows."""
 
@@ -104,7 +105,11 @@ class Stream:
                     self.progress.moves += 1
                 rounds.note(self._url, f"{type(error).__name__} {error}".strip())
             except StreamFailed as error:
-                if error.code != GONE and (self.progress.begun or error.code not in WORTH_ANOTHER_TRY):
+                if error.code == GOES_ON_ELSEWHERE:
+                    self._client.nodes_failed(self._url)
+                    self.progress.moves += fresh
+                    rounds = self._client.rounds() if fresh else rounds
+                elif error.code != GONE and (self.progress.begun or error.code not in WORTH_ANOTHER_TRY):
                     raise
                 rounds.note(self._url, str(error), ApiError(str(error), status=503, code=error.code, url=self._url))
             finally:

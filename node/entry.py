@@ -43,6 +43,8 @@ from node.session_log import Kept
 LEASE_EVERY_S = 20.0
 ORPHAN_S = 60.0
 """A session that outlives its readers (adopted, or asked for with an Idempotency-Key) waits so long for the next."""
+HEIR_S = 10.0
+"""Hops that have not heard yet to whom a session was given away are left alone for this long."""
 RESULT_S = 600.0
 """What has ended can be read for this long ..."""
 RESULT_BYTES = 64 << 20
@@ -61,7 +63,9 @@ class LiveGeneration:
         self.session = session
         self.adopted = adopted
         self.moved = False
-        """Another node owns it now: the log here is as far as this one came."""
+        """Another node owns it now: the log here is as far as this one came ..."""
+        self.heir: NodeId | None = None
+        """... if it was given away, this one."""
         self.answers = True
         """Has ended with something to read, if it has ended."""
         self._entry = entry
@@ -173,6 +177,8 @@ class LiveGeneration:
                 self.acknowledge(event.position)
         elif isinstance(event, core.NeedRoute):
             self._route(event)
+        elif isinstance(event, core.NeedMove):
+            self._plan(event)
         elif isinstance(event, core.PromptScored):
             self._score(event)
         elif isinstance(event, core.Recovered):
@@ -181,6 +187,7 @@ class LiveGeneration:
             self._on_end(event)
         elif isinstance(event, core.Moved):
             self.moved = True
+            self.heir = event.owner if self.session.given else None
             self._close()
             if not self._opened.done():
                 self._opened.set_result(None)
@@ -198,6 +205,15 @@ class LiveGeneration:
         else:
             exact, witness = self._entry.exactness(route), self._entry.witness(self.request, route, ask.exclude)
             self.step(self.session.follow(route, self._entry.view().placement_id, now, exact, witness))
+
+    def _plan(self, ask: core.NeedMove) -> None:
+        """Hops are to go: to nodes that stay, if there are any with their layers."""
+        stays = core.NeedRoute(ask.keep, (*ask.exclude, *self._entry.leavers()))
+        try:
+            route = self._entry.find_route(self.request, stays)
+        except NoRoute:
+            return
+        self.step(self.session.prepare(route, self._entry.view().placement_id, self._entry.clock()))
 
     def _score(self, event: core.PromptScored) -> None:
         """A replay may score positions again, and tokens that were drawn: only what comes next of the prompt counts."""
@@ -378,12 +394,24 @@ class Entry:
         """The classes of the sessions here that wait for room in the mesh."""
         return [g.request.priority for g in self.sessions() if g.session.state is core.State.PAUSED]
 
+    def give_away(self) -> None:
+        """This node leaves: let others own its sessions, where others know them.  What cannot be now may be later."""
+        leavers = self.leavers()
+        for generation in self.sessions():
+            generation.step(generation.session.give_away(leavers))
+
+    def leavers(self) -> tuple[NodeId, ...]:
+        """Nodes that are to go."""
+        return tuple(member.id for member in self.view().members if member.profile.draining)
+
     # -- the mesh's side -----------------------------------------------------------------------------------------------
 
     def receive(self, message: m.ToSession, sender: NodeId) -> None:
         generation = self._sessions.get(message.session)
         if generation is None:
-            for effect in disclaim(message, sender, message.session in self._ended):
+            when, was = self._ended.get(message.session, (0.0, None))
+            heir = was.heir if was is not None and self.clock() - when < HEIR_S else None
+            for effect in disclaim(message, sender, message.session in self._ended, heir):
                 assert isinstance(effect, Send)
                 self.post(effect)
             return
@@ -461,6 +489,7 @@ class Entry:
             return None
         allowed = set(request.allowed_nodes)
         others = [x for x in self.view().live() if x.id != self.me and x.id not in exclude]
+        others = [x for x in others if not x.profile.draining] or others
         fit = [x.id for x in others if not allowed or x.id in allowed or x.profile.name in allowed]
         return max(fit, key=lambda node: hashlib.sha256(f"{request.session}{node}".encode()).digest(), default=None)
 

@@ -1,7 +1,7 @@
 """Brings this node to what the placement says.  The next act follows from wish and state: a restart needs no memory.
 
 Weights come first (from disk or from peers), then the engine loads them; a span that is no longer wanted stays until
-its sessions have ended and others can serve it.
+others can serve it and its sessions have ended or were moved to them.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ LOOK_S = 0.25
 
 
 class Loader:
-    """Which spans are loaded, loading or refused.  ``room``: bytes that weights may take; ``changed`` is called
-    whenever anything of it is another now."""
+    """Which spans are loaded, loading or refused.  ``room``: bytes that weights may take; ``vacate`` asks for sessions
+    to be moved away from a span; ``changed`` is called whenever anything of it is another now."""
 
     def __init__(
         self,
@@ -34,10 +34,11 @@ class Loader:
         room: int,
         view: Callable[[], MeshView],
         in_use: Callable[[LayerSpan], bool],
+        vacate: Callable[[LayerSpan], None],
         changed: Callable[[], None],
     ) -> None:
         self._engine, self._weights, self._room = engine, weights, room
-        self._view, self._in_use, self._changed = view, in_use, changed
+        self._view, self._in_use, self._vacate, self._changed = view, in_use, vacate, changed
         self._log = get_logger("loader")
         self._wake = asyncio.Event()
         self._retry_at: dict[LayerSpan, float] = {}
@@ -94,7 +95,7 @@ class Loader:
             spare = _spare(held, wish)
             # A model that was removed needs no other holder.
             free = view.placement.of(model) is None or all(map(view.may_drop, spare))
-            if spare and free and wish not in self._retry_at and not any(map(self._in_use, spare)):
+            if spare and free and wish not in self._retry_at and not self._held_up(spare):
                 return await (self._load(wish, wish, view) if wish is not None else self._drop(held))
 
     def _way_to(self, wish: LayerSpan, held: LayerSpan | None, view: MeshView) -> LayerSpan | None:
@@ -104,7 +105,14 @@ class Loader:
         if grown == wish or self._bytes(grown, view) <= self._room:
             return grown
         spare = _spare(held, wish) if held else []
-        return wish if all(map(view.may_drop, spare)) and not any(map(self._in_use, spare)) else None
+        return wish if all(map(view.may_drop, spare)) and not self._held_up(spare) else None
+
+    def _held_up(self, spare: list[LayerSpan]) -> bool:
+        """Sessions still run over what others can serve: have them moved there."""
+        used = [span for span in spare if self._in_use(span)]
+        for span in used:
+            self._vacate(span)
+        return bool(used)
 
     def _bytes(self, grown: LayerSpan, view: MeshView) -> int:
         """Of all weights here, were ``grown`` what is held of its model."""

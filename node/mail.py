@@ -1,7 +1,8 @@
 """Carries the generation protocol's messages between nodes: what one turn of the loop sends to a peer is one frame.
 
-Small messages go by the control lane, hidden states by the tensor lane, where they wait for the receiver's credit.
-The lanes may overtake each other: the protocol holds what comes before its Open, and asks again for what is missing.
+Small messages go by the control lane, hidden states and pages by the tensor lane, where they wait for the receiver's
+credit.  The lanes may overtake each other: the protocol holds what comes before its Open, and asks again for what is
+missing.
 """
 
 from __future__ import annotations
@@ -65,10 +66,10 @@ class Mail:
             self._flushing = False
         out, self._out = self._out, {}
         for peer, messages in out.items():
-            small = [message for message in messages if not isinstance(message, m.Forward)]
+            small = [message for message in messages if not isinstance(message, m.BULK)]
             for packed in _packed(small):
                 self._send(peer, packed, b"")
-            for group in _frames([message for message in messages if isinstance(message, m.Forward)]):
+            for group in _frames([message for message in messages if isinstance(message, m.BULK)]):
                 self._send(peer, b"", FRAME.encode(group))
 
 
@@ -82,14 +83,15 @@ def _packed(small: list[Any]) -> list[bytes]:
     return _packed(small[: len(small) // 2]) + _packed(small[len(small) // 2 :])
 
 
-def _frames(forwards: list[m.Forward]) -> list[list[m.Pipeline]]:
-    """Groups below half the bound; one Forward alone is always below it (``checkpoints.REPLAY_ROWS``)."""
+def _frames(bulk: list[m.Forward | m.Pages]) -> list[list[m.Pipeline]]:
+    """Groups below half the bound; one message alone is always below it (``checkpoints.REPLAY_ROWS``)."""
     groups: list[list[m.Pipeline]] = []
     size = MAX_FRAME_BYTES
-    for forward in forwards:
-        if size + len(forward.payload) > MAX_FRAME_BYTES // 2:
+    for message in bulk:
+        own = len(message.payload) + (len(message.rows) if isinstance(message, m.Pages) else 0)
+        if size + own > MAX_FRAME_BYTES // 2:
             groups.append([])
             size = 0
-        groups[-1].append(forward)
-        size += len(forward.payload)
+        groups[-1].append(message)
+        size += own
     return groups

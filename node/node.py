@@ -78,7 +78,9 @@ VERSION = "0.1.0"
 LEAVE_S = 30.0
 """How long a leaving node waits for others to take over what only it holds ..."""
 DRAIN_S = 10.0
-"""... for its own streams to end ..."""
+"""... for sessions to be moved away, and for the clients that read them here to have the last of them ..."""
+MOVE_EVERY_S = 0.25
+"""How often it asks for that."""
 SILENCE_S = 10.0
 """A node that comes in says after so long what it waits for."""
 GOODBYE_S = 3.0
@@ -168,6 +170,7 @@ class Node:
             room=self.machine.weight_bytes,
             view=lambda: self.view,
             in_use=self.stage.core.in_use,
+            vacate=self.stage.vacate,
             changed=self._on_loaded,
         )
         pace = LOCAL if local == "loopback" else Pace()
@@ -272,15 +275,31 @@ class Node:
             self._stop.set()
 
     async def _leave(self) -> None:
-        """Let others take over, let own streams end, hand over the vote, say goodbye."""
+        """Let others take over layers and sessions, let own clients read on, hand over the vote, say goodbye."""
         self._log.info("leaving")
         self.presence.announce()
+        moving = self._spawn(self._move_away())
         await self._until(lambda: not self._needed(), LEAVE_S)
-        await self._until(lambda: not self.entry.sessions(), DRAIN_S)
+        await self._until(self._unattended, DRAIN_S)
+        self.relay.leave(now=True)
+        await self._until(lambda: not self.relay.readers, MOVE_EVERY_S)
+        moving.cancel()
         self.peers.election.cast(lambda core, now: core.leave(now))
         await self._until(self._released.is_set, GOODBYE_S)
         self.peers.gossip.cast(lambda core, now: core.leave(now))
         await self._until(self._departed.is_set, GOODBYE_S)
+
+    async def _move_away(self) -> None:
+        """Until cancelled: give sessions away and have hops moved, as soon as there is somebody for them."""
+        self.relay.leave()
+        while True:
+            self.entry.give_away()
+            self.stage.vacate()
+            await asyncio.sleep(MOVE_EVERY_S)
+
+    def _unattended(self) -> bool:
+        """No session is here, and nobody reads one here."""
+        return not (self.entry.sessions() or self.stage.core.sessions() or self.relay.readers)
 
     def _needed(self) -> bool:
         """Some layers are only here, and somebody stays who could take them."""

@@ -128,10 +128,10 @@ class Peers:
         return await self.links.request(to, self.address_of(to), verb, payload, timeout_s)
 
     def get(
-        self, peer: NodeId, path: str, headers: Mapping[str, str]
+        self, peer: NodeId, path: str, headers: Mapping[str, str], *, lasting: bool = False
     ) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
         """``GET`` a path of ``peer``'s door (see ``Links.get``)."""
-        return self.links.get(peer, self.address_of(peer), path, headers)
+        return self.links.get(peer, self.address_of(peer), path, headers, lasting=lasting)
 
     def address_of(self, node: NodeId) -> str:
         """host:port of ``node``'s peer door.  Raises ``PeerUnreachable`` when gossip knows none."""

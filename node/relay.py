@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
-from aiohttp import ClientError, StreamReader, web
+from aiohttp import ClientError, ClientResponse, StreamReader, web
 
-from mesh.errors import MeshError, PeerError, PeerUnreachable, SessionLost
+from mesh.errors import CapacityError, Leaving, MeshError, PeerError, PeerUnreachable, SessionLost
 from mesh.types import NodeId
 from mesh.view import MeshView
 from node.api.service import CancelReason, EndEvent, Event, GenerationRequest, PromptEvent, Recovery, TokenEvent
@@ -66,8 +66,31 @@ class Relay:
     def __init__(self, me: NodeId, entry: Entry, peers: Peers, view: Callable[[], MeshView]) -> None:
         self.me, self.entry = me, entry
         self._peers, self._view = peers, view
+        self.readers = 0
+        """Streams that clients of this node read at the moment."""
+        self._left: Literal["", "leaving", "gone"] = ""
+        self._open: dict[ClientResponse, bool] = {}
+        """What is read from other owners, and whether its client goes on elsewhere by itself."""
         peers.door.on_rpc("owner", self._on_owner)
         peers.door.add_get(PATH, self._serve)
+
+    # -- leaving -------------------------------------------------------------------------------------------------------
+
+    def leave(self, *, now: bool = False) -> None:
+        """Send clients on that go on elsewhere by themselves, and (``now``) all others, with an error that says how."""
+        self._left = "gone" if now else "leaving"
+        for response, follows in list(self._open.items()):
+            if follows or now:
+                response.close()
+
+    def left(self, request: GenerationRequest) -> Leaving | None:
+        """Why nothing more of this session is read here, if so."""
+        if self._left != "gone" and not (self._left and request.follows):
+            return None
+        return Leaving(
+            f"this node is leaving; session {request.session} goes on at the others: GET "
+            f"/v1/sessions/{request.session.split('-')[0]}/events there, with the Last-Event-ID that you have"
+        )
 
     # -- finding -------------------------------------------------------------------------------------------------------
 
@@ -148,12 +171,17 @@ class Relay:
 
     # -- reading -------------------------------------------------------------------------------------------------------
 
-    async def read(self, node: NodeId, session: str, tokens: int) -> AsyncIterator[Frame]:
+    async def read(self, node: NodeId, session: str, tokens: int, follows: bool = False) -> AsyncIterator[Frame]:
         """The frames that ``node`` serves of ``session``.  ``PeerUnreachable`` when it breaks off."""
         try:
-            async with self._peers.get(node, f"/peer/sessions/{session}?tokens={tokens}", {}) as response:
-                while True:
-                    yield await _read_frame(response.content)
+            path = f"/peer/sessions/{session}?tokens={tokens}"
+            async with self._peers.get(node, path, {}, lasting=True) as response:
+                self._open[response] = follows
+                try:
+                    while True:
+                        yield await _read_frame(response.content)
+                finally:
+                    del self._open[response]
         except asyncio.IncompleteReadError:
             return
         except (ClientError, OSError, TimeoutError) as error:
@@ -176,7 +204,7 @@ class Relay:
             async for frame in self.read(owner, session, 0):
                 if isinstance(frame, Facts):
                     return Reading(self, frame.request, None, frame.route)
-        except (PeerUnreachable, PeerError):
+        except (PeerUnreachable, PeerError, CapacityError):
             pass  # it went just now: whoever asked may ask again
         return None
 
@@ -214,6 +242,14 @@ class Reading:
             await local.cancel(reason)
 
     async def __aiter__(self) -> AsyncIterator[Event]:
+        self._relay.readers += 1
+        try:
+            async for event in self._events():
+                yield event
+        finally:
+            self._relay.readers -= 1
+
+    async def _events(self) -> AsyncIterator[Event]:
         while True:
             source = self._local.events(self._tokens) if self._local is not None else self._remote()
             async for event in source:
@@ -225,6 +261,9 @@ class Reading:
 
     async def _remote(self) -> AsyncIterator[Event]:
         """The events at another owner, as long as it can be read."""
+        left = self._relay.left(self.request)
+        if left is not None:
+            raise left
         owner = await self._relay.find(self.request.session, FIND_S)
         if owner is None:
             gone = SessionLost(f"after {self._tokens} tokens no node has the session any more")
@@ -233,7 +272,7 @@ class Reading:
         if owner == self._relay.me:
             return  # adopted here meanwhile
         try:
-            async for frame in self._relay.read(owner, self.request.session, self._tokens):
+            async for frame in self._relay.read(owner, self.request.session, self._tokens, self.request.follows):
                 if isinstance(frame, Broke):
                     raise _failure(frame)
                 if isinstance(frame, Trace):
@@ -242,7 +281,7 @@ class Reading:
                     for event in (frame.prompt, frame.token, frame.end):
                         if event is not None:
                             yield event
-        except (PeerUnreachable, PeerError):
+        except (PeerUnreachable, PeerError, CapacityError):
             await asyncio.sleep(FIND_EVERY_S)
 
     async def _move_on(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import re
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from mesh.election.record import epoch_counter
-from mesh.errors import ConfigError, Leaving, NoRoute, PeerUnreachable, RequestError
+from mesh.errors import ConfigError, Leaving, MeshError, NoRoute, RequestError
 from mesh.types import ModelId, ModelInfo, NodeId
 from mesh.view import MeshView
 from node.api.service import Caller, GenerationRequest, Scope
@@ -101,18 +102,18 @@ class NodeService:
             )
 
     async def cancel(self, session: str, caller: Caller) -> bool:
-        """Here, else at whichever member owns it."""
-        if self._cancel_here(session, caller):
-            return True
+        """Here and at every member: its choices may have different owners."""
+        here = self._cancel_here(session, caller)
         wish = msgspec.msgpack.encode((session, caller.id, "admin" in caller.scopes))
-        for member in self._node.view.live():
-            if member.id != self._node.me:
-                try:
-                    if await self._node.peers.request(member.id, "cancel", wish, CANCEL_S) == b"1":
-                        return True
-                except PeerUnreachable:
-                    continue
-        return False
+        others = [member.id for member in self._node.view.live() if member.id != self._node.me]
+        found = await asyncio.gather(*(self._cancel_at(node, wish) for node in others))
+        return here or any(found)
+
+    async def _cancel_at(self, node: NodeId, wish: bytes) -> bool:
+        try:
+            return await self._node.peers.request(node, "cancel", wish, CANCEL_S) == b"1"
+        except MeshError:  # what it owns ends by itself when nobody reads it
+            return False
 
     def _cancel_here(self, session: str, caller: Caller) -> bool:
         """``session`` and its further choices, whichever of them still run."""

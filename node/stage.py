@@ -11,7 +11,18 @@ from mesh.core import Effect, Emit, Send
 from mesh.errors import CapacityError, MeshError
 from mesh.pipeline import messages as m
 from mesh.pipeline import stage as core
-from mesh.pipeline.work import Compute, Computed, DropPages, Free, KeepPages, Reserve, TakePages, Truncate
+from mesh.pipeline.work import (
+    Compute,
+    Computed,
+    DropPages,
+    Export,
+    Free,
+    Import,
+    KeepPages,
+    Reserve,
+    TakePages,
+    Truncate,
+)
 from mesh.types import LayerSpan, ModelId, NodeId
 from node.driver import Alarm
 from node.engine.sequence import Result, SequenceSpec, Work
@@ -52,6 +63,8 @@ class StageService:
             KeepPages: self._keep_pages,
             TakePages: self._take_pages,
             DropPages: self._drop_pages,
+            Export: self._export,
+            Import: self._import,
         }
         self._pending: dict[str, _Pending] = {}
         self._parked: deque[Received] = deque()
@@ -90,6 +103,10 @@ class StageService:
     def activate(self, placement_id: m.PlacementId) -> None:
         self.core.activate(placement_id)
 
+    def vacate(self, span: LayerSpan | None = None) -> None:
+        """Have the sessions over ``span`` (``None``: all) moved to other nodes, where there are any."""
+        self._perform(self.core.vacate(span))
+
     def stop(self) -> None:
         self._alarm.stop()
 
@@ -123,6 +140,8 @@ class StageService:
             hops=ask.hops,
             sampling=ask.sampling,
             tokens=ask.tokens,
+            base=ask.base,
+            kept=ask.kept,
         )
         now = self._clock()
         try:
@@ -167,6 +186,20 @@ class StageService:
 
     def _drop_pages(self, event: DropPages) -> list[Effect]:
         self._engine.drop_pages(event.pages)
+        return []
+
+    def _export(self, ask: Export) -> list[Effect]:
+        def answer(n: int, piece: bytes) -> None:
+            self._perform(self.core.exported(ask, n, memoryview(piece)))
+
+        self._engine.read_pages(ask.key, ask.layers, ask.start, ask.end, answer)
+        return []
+
+    def _import(self, event: Import) -> list[Effect]:
+        def spoiled() -> None:
+            self._perform(self.core.spoiled(event.key))
+
+        self._engine.write_pages(event.key, event.start, event.n, event.payload, spoiled)
         return []
 
     def _free(self, event: Free) -> list[Effect]:

@@ -47,6 +47,15 @@ class Checkpoints:
         self._segments.append(segment)
         self.bytes += len(segment.payload)
 
+    def take_over(self, other: Checkpoints) -> None:
+        """What ``other`` holds, which is of no use afterwards."""
+        self.start, self.bytes, self._segments = other.start, other.bytes, other._segments
+
+    def skip(self, end: int) -> None:
+        """Positions up to ``end`` are not to be had."""
+        self.drop()
+        self.start = end
+
     def cut(self, length: int) -> None:
         """Forget positions from ``length`` on (roll-back)."""
         while self._segments and self._segments[-1].end > length:
@@ -74,6 +83,13 @@ class Checkpoints:
         """The rows of [first, end), which are held, in memory of their own."""
         pieces = [s.slice(max(first, s.start), min(end, s.end)) for s in self._tail(first) if s.start < end]
         return memoryview(b"".join(piece.payload for piece in pieces))
+
+    def rows(self, first: int, end: int) -> memoryview:
+        """Positions [first, end) in one piece; empty where any of them is not held (any more)."""
+        if not self.start <= first < end <= self.end:
+            return memoryview(b"")
+        tail = self._tail(first)
+        return _join([x.slice(max(first, x.start), min(end, x.end)) for x in tail if x.start < end]).payload
 
     def _tail(self, first: int) -> list[Segment]:
         """The segments that reach past ``first``; searched from the end, where a live session reads."""

@@ -44,6 +44,10 @@ class SessionConfig(msgspec.Struct, frozen=True):
     """A session without room tries again after this long, and each time that there is none after twice as long ..."""
     pause_max_s: float = 4.0
     """... up to this."""
+    move_s: float = 5.0
+    """A move that comes no further for so long is given up: its hop serves on."""
+    leaving_s: float = 1.5
+    """A hop that is to go says so more often than this; one that does not any more may be chosen again."""
 
 
 class State(Enum):
@@ -72,6 +76,13 @@ class Recovery(msgspec.Struct, frozen=True):
 
 class NeedRoute(msgspec.Struct, frozen=True):
     """Find a route and call ``follow``, or ``unroutable``.  ``keep``: surviving hops, to stay as they are."""
+
+    keep: tuple[Hop, ...]
+    exclude: tuple[NodeId, ...]
+
+
+class NeedMove(msgspec.Struct, frozen=True):
+    """Hops are to go.  Find a route without them and call ``prepare``; where there is none, do nothing."""
 
     keep: tuple[Hop, ...]
     exclude: tuple[NodeId, ...]

@@ -31,6 +31,9 @@ class JournalConfig(msgspec.Struct, frozen=True):
     """Journals that a node holds as a witness; beyond them it refuses."""
 
 
+GIVEN = "given away"
+
+
 class Adopt(msgspec.Struct, frozen=True):
     """Event: the owner of a session is lost; go on with it (``Session.adopt``)."""
 
@@ -41,6 +44,8 @@ class Adopt(msgspec.Struct, frozen=True):
     drawn: tuple[int, ...]
     left_s: float
     detected_by: str
+    given: bool = False
+    """Its owner gave it away, and lives."""
 
 
 def holders(route: Route, witness: NodeId | None) -> list[NodeId]:
@@ -54,13 +59,16 @@ def needs_witness(route: Route, owner: NodeId) -> bool:
     return all(node == owner for node in holders(route, None))
 
 
-def disclaim(message: m.ToSession, sender: NodeId, ended: bool) -> list[Effect]:
+def disclaim(message: m.ToSession, sender: NodeId, ended: bool, heir: NodeId | None = None) -> list[Effect]:
     """The answer of a node that is spoken to as owner of a session which it does not own.
 
-    ``ended``: it did, and the session is over: free it.  Else it forgot (a restart): whoever holds the journal adopts.
+    ``heir``: it has just given it away: nobody but the heir needs to know.  ``ended``: it did own it, and the session
+    is over: free it.  Else it forgot (a restart): whoever holds the journal adopts.
     """
     if isinstance(message, m.Ahead | m.Refused):
         return []
+    if heir:
+        return [Send(sender, m.Disown(message.session, message.epoch, heir))] if sender == heir else []
     answer = m.Release if ended else m.Disown
     return [Send(sender, answer(message.session, message.epoch))]
 
@@ -195,7 +203,10 @@ class Journals:
         journal = self._journals.get(message.session)
         if journal is None or (journal.epoch, journal.owner) != (message.epoch, sender):
             return []
-        return self._orphaned(journal, "disowned", now)
+        if not message.heir:
+            return self._orphaned(journal, "disowned", now)
+        journal.learn(len(journal.request.prompt), message.drawn)
+        return self._orphaned(journal, GIVEN, now, message.heir)
 
     @property
     def next_due(self) -> float | None:
@@ -216,13 +227,15 @@ class Journals:
                 effects.append(journal.held())
         return effects
 
-    def _orphaned(self, journal: Journal, cause: str, now: float) -> list[Effect]:
+    def _orphaned(self, journal: Journal, cause: str, now: float, heir: NodeId | None = None) -> list[Effect]:
         if journal.owner == self.me or journal.ends_at <= now:
             return self._free(journal.session)
         if journal.adopt_at is not None:
             return []
         line = [node for node in holders(journal.route, None) if node != journal.owner]
         place = line.index(self.me) if self.me in line else len(line)
+        if heir:
+            place = 0 if heir == self.me else place + 1
         journal.cause, journal.adopt_at = cause, now + place * self.config.adopt_step_s
         return self._adopt(journal, now) if place == 0 else []
 
@@ -230,7 +243,7 @@ class Journals:
     def _adopt(journal: Journal, now: float) -> list[Effect]:
         epoch = (journal.epoch[0] + journal.claims, journal.owner)  # no claim has the epoch of an earlier one
         found = (journal.session, epoch, journal.route, journal.request, journal.drawn)
-        effect = Emit(Adopt(*found, journal.ends_at - now, journal.cause))
+        effect = Emit(Adopt(*found, journal.ends_at - now, journal.cause, journal.cause == GIVEN))
         journal.renew(now)  # should nothing come of it, the lease runs out again
         journal.claims += 1
         return [effect]

@@ -14,6 +14,10 @@ it names a witness, a node that holds the journal and no layers.  Who holds the 
 
     holder ──Held──► owner   ("I have so many tokens")       owner ──Disown──► holder   ("I do not own it: adopt it")
     whoever knows better ──Ahead──► owner                    ("a newer epoch is followed here, or more tokens known")
+
+A hop that is to go is moved while it serves (mesh/pipeline/moves.py)::
+
+    hop ──Vacate──► owner ──Prepare──► successor ──Fetch──► hop ──Pages──► successor ──Arrived──► owner: Open
 """
 
 from __future__ import annotations
@@ -118,6 +122,8 @@ class Open(PipelineMessage, frozen=True):
     """Seconds until the session's deadline."""
     chain: tuple[bytes, ...] = ()
     """Names of the accepted tokens' whole pages (mesh/pipeline/prefix.py)."""
+    shipped: tuple[Epoch, int] | None = None
+    """Pages that came under this epoch hold, up to so many positions: those were accepted in it."""
 
 
 class Ack(PipelineMessage, frozen=True):
@@ -152,6 +158,22 @@ class Lease(msgspec.Struct, frozen=True, array_like=True, tag=True):
 class Disown(PipelineMessage, frozen=True):
     """The sender is named as the session's owner and is not (it restarted): whoever holds the journal goes on."""
 
+    heir: NodeId | None = None
+    """It gives the session away, to this holder of its journal; the others wait for the heir."""
+    drawn: tuple[int, ...] = ()
+    """For the heir: the tokens that the sender knows."""
+
+
+class Prepare(PipelineMessage, frozen=True):
+    """Fetch, from a hop that is to go, what lies ahead of an ``Open`` of this hop; it serves on meanwhile."""
+
+    route: Route
+    hop: int
+    placement_id: PlacementId
+    max_positions: int
+    priority: Priority
+    source: NodeId
+
 
 # -- hop to owner ------------------------------------------------------------------------------------------------------
 
@@ -181,6 +203,20 @@ class Progressing(PipelineMessage, frozen=True):
     submitted: int
     done: int
     tokens: int
+
+
+class Vacate(PipelineMessage, frozen=True):
+    """The hop is to go (its node leaves, or its layers are placed elsewhere): move it."""
+
+    hop: int
+
+
+class Arrived(PipelineMessage, frozen=True):
+    """A successor has the pages of [0, have); ``ready``: all that there are, or all that can be had."""
+
+    hop: int
+    have: int
+    ready: bool
 
 
 class Token(PipelineMessage, frozen=True):
@@ -236,6 +272,27 @@ class Gap(PipelineMessage, frozen=True):
     expected: int
 
 
+class Fetch(PipelineMessage, frozen=True):
+    """Successor to the hop that is to go: send me the keys and values of ``layers`` from position ``start`` on."""
+
+    layers: tuple[int, int]
+    start: int
+
+
+class Pages(PipelineMessage, frozen=True):
+    """Keys and values of positions [start, start + n), as an engine wrote them for another.
+
+    ``done``: positions computed at the sender; with ``n`` 0 and more of them the rest cannot be shipped.
+    ``rows``: its checkpoints of the same positions, where the boundary is the same and they are still held.
+    """
+
+    start: int
+    n: int
+    done: int
+    payload: memoryview
+    rows: memoryview
+
+
 class Feed(PipelineMessage, frozen=True):
     """Sampler to hop 0: tokens from ``start`` on; the next position can be computed.  Owner to witness: for its
     journal."""
@@ -244,7 +301,9 @@ class Feed(PipelineMessage, frozen=True):
     tokens: tuple[int, ...]
 
 
-ToStage = Open | Ack | Progress | Park | Release | Disown | Lease | Forward | Gap | Feed
-ToSession = Opened | Refused | Progressing | Token | PromptLogprobs | Held | Ahead
+ToStage = Open | Ack | Progress | Park | Release | Disown | Lease | Prepare | Forward | Gap | Feed | Fetch | Pages
+ToSession = Opened | Refused | Progressing | Vacate | Arrived | Token | PromptLogprobs | Held | Ahead
 Pipeline = ToStage | ToSession
-TO_SESSION = (Opened, Refused, Progressing, Token, PromptLogprobs, Held, Ahead)
+TO_SESSION = (Opened, Refused, Progressing, Vacate, Arrived, Token, PromptLogprobs, Held, Ahead)
+BULK = (Forward, Pages)
+"""What goes by the lane of tensors."""

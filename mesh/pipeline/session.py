@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Literal
 
 import msgspec
@@ -40,6 +40,7 @@ from mesh.pipeline.events import (
     Failed,
     FailureCode,
     Moved,
+    NeedMove,
     NeedRoute,
     Paused,
     PromptScored,
@@ -48,7 +49,8 @@ from mesh.pipeline.events import (
     SessionConfig,
     State,
 )
-from mesh.pipeline.journal import Adopt, needs_witness
+from mesh.pipeline.journal import Adopt, holders, needs_witness
+from mesh.pipeline.moves import Move, sources
 from mesh.pipeline.prefix import Chain, chain_of
 from mesh.types import NodeId, Route
 
@@ -112,6 +114,13 @@ class Session:
         """In a row, without a token between them."""
         self._visited: dict[NodeId, None] = {}
         self._incident: _Incident | None = None
+        self._leaving: dict[NodeId, float] = {}
+        """Nodes that asked to be moved away from, and until when that is taken to hold."""
+        self._move: Move | None = None
+        self.given = False
+        """It was given away: another owns it from now on."""
+        self._shipped: tuple[m.Epoch, int] | None = None
+        """Until all hops are open: the epoch that pages were shipped in, and what was accepted in it."""
         self._retries = 0
         self._acked = len(request.prompt)
         self._shown = len(request.prompt)
@@ -135,6 +144,7 @@ class Session:
             m.PromptLogprobs: self._on_prompt_logprobs,
             m.Held: self._on_held,
             m.Ahead: self._on_ahead,
+            m.Vacate: self._on_vacate,
         }
 
     @classmethod
@@ -145,9 +155,11 @@ class Session:
         session = cls(found.session, me, found.request, rng, now, config)
         session.epoch, session.route = found.epoch, found.route
         session._ends_at = now + found.left_s
-        session._suspects[found.epoch[1]] = now + session.config.suspect_s
+        if not found.given:
+            session._suspects[found.epoch[1]] = now + session.config.suspect_s
         session._visited[me] = None  # its own journal, too, is freed in the end
-        session._incident = _Incident("owner lost", -1, found.detected_by, now)
+        cause = "owner moved" if found.given else "owner lost"
+        session._incident = _Incident(cause, -1, found.detected_by, now)
         session._take(found.drawn)
         return session
 
@@ -193,7 +205,16 @@ class Session:
     def deadline(self) -> float | None:
         if self.state is State.ENDED:
             return None
-        timers = (self._ends_at, self._retry_at, self._resend_at, self._open_by, self._stall_at, self._silent_at)
+        moving = self._move.deadline if self._move is not None else None
+        timers = (
+            self._ends_at,
+            self._retry_at,
+            self._resend_at,
+            self._open_by,
+            self._stall_at,
+            self._silent_at,
+            moving,
+        )
         return min(t for t in timers if t is not None)
 
     # -- verbs ---------------------------------------------------------------------------------------------------------
@@ -216,6 +237,9 @@ class Session:
         if self.state is State.ENDED:
             return []
         left = self.parties
+        if self._move is not None:
+            left += self._move.nodes
+            self._shipped, self._move = self._shipped or (self.epoch, self.accepted), None
         self.epoch = (self.epoch[0] + 1, self.me)
         self.route, self._placement_id, self._exact = route, placement_id, exact
         self._chain = self._name_pages()
@@ -267,6 +291,9 @@ class Session:
         """Somebody else found ``node`` dead: a connection reset, gossip."""
         if self.state is State.ENDED or self.route is None:
             return []
+        if self._move is not None and node in self._move.nodes:
+            self._suspects[node] = now + self.config.suspect_s
+            return self._stay()
         if self.state in (State.ROUTING, State.PAUSED):
             self._suspects[node] = now + self.config.suspect_s
             return []
@@ -281,7 +308,9 @@ class Session:
             # Who holds a journal of an epoch that it is no longer part of would adopt it one day.
             stale = isinstance(message, m.Held) and message.epoch < self.epoch and index < 0
             return [Send(sender, m.Release(self.id, self.epoch))] if stale else []
-        if index < 0 or getattr(message, "hop", -1) not in (-1, index):
+        if self._move is not None and sender in self._move.nodes and isinstance(message, m.Arrived | m.Refused):
+            return self._on_arrival(message, sender, now)
+        if index < 0 or isinstance(message, m.Arrived) or getattr(message, "hop", -1) not in (-1, index):
             return [Emit(Rejected(sender, "speaks for a hop that it is not"))]
         return self._handlers[type(message)](index, message, now)
 
@@ -301,7 +330,9 @@ class Session:
             return self._on_silence(now)
         if self._stall_at is not None and now >= self._stall_at:
             return self._on_stall(now)
-        return []
+        if self._move is not None and now >= self._move.until:
+            return self._stay()
+        return self._move.ask(now) if self._move is not None else []
 
     # -- routing and opening -------------------------------------------------------------------------------------------
 
@@ -325,8 +356,10 @@ class Session:
         # Should the driver not answer, the question is asked again.
         self._retry_at = now + self.config.backoff_max_s
         self._resend_at = self._open_by = self._stall_at = self._silent_at = None
-        exclude = tuple(node for node, until in self._suspects.items() if until > now)
-        hops = self.route.hops if self.route else ()
+        exclude = self._excluded(now)
+        planned = self._move is not None and self._move.keeps(exclude)
+        route = self._move.route if planned and self._move is not None else self.route
+        hops = route.hops if route else ()
         keep = tuple(hop for hop in hops if hop.node not in exclude)
         return [Emit(NeedRoute(keep, exclude))]
 
@@ -350,6 +383,7 @@ class Session:
             drawn=tuple(self.drawn) if holds_journal else (),
             left_s=self._ends_at - now,
             chain=self._chain if index < len(self.route.hops) else (),
+            shipped=self._shipped,
         )
 
     def _name_pages(self) -> Chain:
@@ -365,7 +399,7 @@ class Session:
         if len(self._opened) < len(self.parties):
             return []
         self.state = State.RUNNING
-        self._resend_at = self._open_by = None
+        self._resend_at = self._open_by = self._shipped = None
         self._acked = self.accepted
         self._busy, self.waits_for = None, ""
         self._held = max(self._held, self._claimed)
@@ -425,6 +459,71 @@ class Session:
         self._retry_at = now + wait * self._rng.uniform(0.5, 1.0)
         parked = [Send(hop.node, m.Park(self.id, self.epoch)) for hop in self.route.hops]
         return [*parked, *told]
+
+    # -- planned moves -------------------------------------------------------------------------------------------------
+
+    def _on_vacate(self, index: int, message: m.Vacate, now: float) -> list[Effect]:
+        """A hop is to go: as long as it does not, it says so again."""
+        assert self.route is not None
+        if self.state is not State.RUNNING or self._move is not None or index == len(self.route.hops):
+            return []
+        self._leaving[self.parties[index]] = now + self.config.leaving_s
+        leaving = tuple(node for node, until in self._leaving.items() if until > now)
+        keep = tuple(hop for hop in self.route.hops if hop.node not in leaving)
+        return [Emit(NeedMove(keep, (*self._excluded(now), *leaving)))]
+
+    def prepare(self, route: Route, placement_id: m.PlacementId, now: float) -> list[Effect]:
+        """The driver's answer to ``NeedMove``: new hops of ``route`` fetch what they need while the old ones serve."""
+        if self.state is not State.RUNNING or self._move is not None:
+            return []
+        assert self.route is not None
+        if route.hops == self.route.hops:
+            return []
+        room = (placement_id, self.request.max_positions, self.request.priority)
+        asks = {
+            hop.node: m.Prepare(self.id, self.epoch, route, index, *room, source)
+            for index, hop, source in sources(self.route, route)
+            if source
+        }
+        self._visited.update(dict.fromkeys(asks))
+        self._move = Move(self.route, route, asks, now, self.config.move_s)
+        return self._switch(now) if self._move.ready else self._move.ask(now)
+
+    def _on_arrival(self, message: m.Arrived | m.Refused, sender: NodeId, now: float) -> list[Effect]:
+        assert self._move is not None
+        if isinstance(message, m.Refused):
+            self._suspects[sender] = now + message.retry_after_s
+            return self._stay()
+        self._move.arrived(sender, message, now)
+        return self._switch(now) if self._move.ready else []
+
+    def _switch(self, now: float) -> list[Effect]:
+        """All that can be had is there: open the new route."""
+        assert self._move is not None
+        if self._incident is None:
+            self._incident = _Incident("moved", self._index_of(self._move.gone[0]), "planned", now)
+        return self._need_route(now)
+
+    def _stay(self) -> list[Effect]:
+        """Give the move up."""
+        move, self._move = self._move, None
+        assert move is not None
+        unused = [node for node in move.nodes if node not in self.parties]  # a witness frees what it prepared by itself
+        return [Send(node, m.Release(self.id, self.epoch)) for node in unused]
+
+    def give_away(self, barred: Container[NodeId]) -> list[Effect]:
+        """Let a holder of the journal that is not ``barred`` own the session; nothing where there is none (now)."""
+        if self.state not in (State.RUNNING, State.PAUSED):
+            return []
+        assert self.route is not None
+        others = [node for node in holders(self.route, self.witness) if node != self.me]
+        heir = next((node for node in others if node not in barred), None)
+        if heir is None:
+            return []
+        self.state, self.given = State.ENDED, True
+        known = tuple(self.drawn)
+        told = [Send(x, m.Disown(self.id, self.epoch, heir, known if x == heir else ())) for x in others]
+        return [*told, *(self._stay() if self._move is not None else []), Emit(Moved(heir))]
 
     # -- other owners --------------------------------------------------------------------------------------------------
 
@@ -595,6 +694,9 @@ class Session:
 
     def _index_of(self, node: NodeId) -> int:
         return next((index for index, party in enumerate(self.parties) if party == node), -1)
+
+    def _excluded(self, now: float) -> tuple[NodeId, ...]:
+        return tuple(node for node, until in self._suspects.items() if until > now)
 
     def _backoff(self) -> float:
         """50 ms x 2^k with jitter, at most 2 s."""

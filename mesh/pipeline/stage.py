@@ -24,12 +24,13 @@ import msgspec
 
 from mesh.core import Effect, Emit, Rejected, Send
 from mesh.pipeline import messages as m
+from mesh.pipeline.arrivals import Arrival, Arrivals, ArrivalsConfig
 from mesh.pipeline.checkpoints import Checkpoints, Segment
 from mesh.pipeline.early import EarlyFrames
 from mesh.pipeline.journal import Journal, JournalConfig, Journals
 from mesh.pipeline.preemption import victims
 from mesh.pipeline.prefix import PAGE, Pages, Prefix
-from mesh.pipeline.work import Compute, Computed, FetchPlacement, Free, Reserve, Truncate
+from mesh.pipeline.work import Compute, Computed, Export, FetchPlacement, Free, Reserve, Truncate
 from mesh.types import Hop, LayerSpan, NodeId, SamplingParams
 
 
@@ -49,6 +50,7 @@ class StageConfig(msgspec.Struct, frozen=True):
     page: int = PAGE
     """Positions of a page that sessions share; their owners' ``SessionConfig.page``."""
     journal: JournalConfig = JournalConfig()
+    arrivals: ArrivalsConfig = ArrivalsConfig()
 
 
 class _Hop:
@@ -70,6 +72,13 @@ class _Hop:
         self.scores: dict[int, tuple[float, tuple[tuple[int, float], ...]]] = {}
         """Position -> (logprob, top) of the tokens drawn here that the owner may not have yet, in order."""
         self.follow(message, journal, now)
+
+    def start_from(self, arrival: Arrival, kept: int) -> None:
+        """Positions [0, kept) were shipped here."""
+        self.submitted = self.done = kept
+        if not self.last:
+            self.checkpoints.take_over(arrival.checkpoints)
+            self.checkpoints.cut(kept)
 
     def follow(self, message: m.Open, journal: Journal | None, now: float) -> None:
         """Take over the route of ``message``; nothing crosses the boundary until the hop behind says from where."""
@@ -145,8 +154,11 @@ class StageCore:
         self._sessions: dict[m.SessionId, _Hop] = {}
         self._keys: dict[str, m.SessionId] = {}
         self._reserving: dict[str, m.Open] = {}
+        self._taken: dict[str, tuple[Arrival, int]] = {}
+        """Reserving key -> what was shipped here of the session, and how much of it holds."""
         self._early = EarlyFrames(self.config.held_frames, self.config.held_bytes)
         self.journals = Journals(me, self.config.journal, self._free)
+        self.arrivals = Arrivals(me, self.config.arrivals)
         self._serial = 0
         self._next_sweep: float | None = None
         self._handlers: dict[type, Callable[..., list[Effect]]] = {
@@ -156,13 +168,15 @@ class StageCore:
             m.Ack: self._on_ack,
             m.Progress: self._on_progress,
             m.Park: self._on_park,
+            m.Fetch: self._on_fetch,
         }
 
     # -- reading -------------------------------------------------------------------------------------------------------
 
     @property
     def deadline(self) -> float | None:
-        return min((t for t in (self._next_sweep, self.journals.next_due) if t is not None), default=None)
+        timers = (self._next_sweep, self.journals.next_due, self.arrivals.next_due)
+        return min((t for t in timers if t is not None), default=None)
 
     def sessions(self) -> list[tuple[m.SessionId, m.Open, int]]:
         """(session, its Open, positions computed) of every session, for status."""
@@ -189,11 +203,12 @@ class StageCore:
 
     def in_use(self, span: LayerSpan) -> bool:
         """Some session still runs over layers of ``span``."""
-        return any(
-            hop.open.route.model == span.model and _mine(hop.open).start < span.end and span.start < _mine(hop.open).end
-            for hop in self._sessions.values()
-            if not hop.parked
-        )
+        return any(_overlaps(hop.open, span) for hop in self._sessions.values() if not hop.parked)
+
+    def vacate(self, span: LayerSpan | None = None) -> list[Effect]:
+        """Ask the owners of the sessions over layers of ``span`` (``None``: of all) to move them to other nodes."""
+        going = [(name, hop) for name, hop in self._sessions.items() if span is None or _overlaps(hop.open, span)]
+        return [Send(hop.owner, m.Vacate(session, hop.epoch, hop.index)) for session, hop in going]
 
     def receive(self, message: m.ToStage, sender: NodeId, now: float) -> list[Effect]:
         self._next_sweep = self._next_sweep or now + self.config.sweep_s
@@ -201,6 +216,10 @@ class StageCore:
             return self._on_lease(message, sender, now)
         if isinstance(message, m.Open):
             return self._on_open(message, sender, now)
+        if isinstance(message, m.Prepare):
+            return self._on_prepare(message, sender, now)
+        if isinstance(message, m.Pages):
+            return self.arrivals.receive(message, sender, now)
         if isinstance(message, m.Release):
             return self._on_release(message, sender)
         if isinstance(message, m.Disown):
@@ -220,7 +239,7 @@ class StageCore:
 
     def tick(self, now: float) -> list[Effect]:
         """Free what nobody renewed, adopt what lost its owner, and forget frames whose Open never came."""
-        effects = self.journals.tick(now)
+        effects = [*self.journals.tick(now), *self.arrivals.tick(now)]
         if self._next_sweep is None or now < self._next_sweep:
             return effects
         for session, hop in list(self._sessions.items()):
@@ -237,9 +256,10 @@ class StageCore:
     def reserved(self, key: str, now: float, page_bytes: int = 0, room: int = 0) -> list[Effect]:
         """The driver's answer to ``Reserve``: there is room, of which ``room`` bytes are taken.  ``page_bytes``: of a
         page of it; 0: none can be kept."""
-        message = self._reserving.pop(key, None)
-        if message is None:  # released meanwhile
-            return [Emit(Free(key))]
+        message, taken = self._reserving.pop(key, None), self._taken.pop(key, None)
+        if message is None:  # it is on its way here, or was released meanwhile
+            arriving = self.arrivals.reserved(key, now)
+            return arriving if arriving is not None else [Emit(Free(key))]
         hop = self._sessions.get(message.session)
         if hop is None:
             hop = self._sessions[message.session] = _Hop(message, self._journal_of(message, now), now, self.pages)
@@ -248,7 +268,7 @@ class StageCore:
             self._trim(hop, message.accepted)
         hop.take_room(key, room, self.pages, page_bytes)
         self._keys[key] = message.session
-        return [*self._begin(hop), *self._opened(message.session, hop, now)]
+        return [*self._begin(hop, taken), *self._opened(message.session, hop, now)]
 
     def evict(self, bytes_: int) -> list[Effect]:
         """The engine needs so many bytes of what shared pages take."""
@@ -259,9 +279,9 @@ class StageCore:
     ) -> list[Effect]:
         """The driver's other answer to ``Reserve``: there is none.  ``lacking``: bytes that would have to be freed; 0:
         that is not known, or would be of no use."""
-        message = self._reserving.get(key)
+        message, _ = self._reserving.get(key), self._taken.pop(key, None)
         if message is None:
-            return []
+            return self.arrivals.refused(key, code, why, retry_after_s) or []
         if code == "busy" and lacking > 0:
             found = victims(self._sessions, message.priority, lacking)
             if found:
@@ -300,18 +320,32 @@ class StageCore:
         if known is not None and (message.epoch < known or (journal is not None and journal.has_more(message))):
             return self._ahead(message.session, message.epoch, known)
         if message.hop == len(message.route.hops):
-            freed = self._free(message.session) if hop is not None else []
+            freed = [*self.arrivals.drop(message.session), *(self._free(message.session) if hop is not None else [])]
             return [*freed, *self.journals.witness(message, now), *self._replay_early(message.session, now)]
         refusal = self._refusal(message)
         if refusal is not None:
-            fetch = [Emit(FetchPlacement(sender, message.placement_id))] if refusal.code == "unknown_placement" else []
-            return [*fetch, Send(sender, refusal)]
+            return self._refuse(refusal, message, sender)
         if hop is not None and self._same_place(hop, message):
             if hop.parked:
                 return self._reserve(message)
             return [*self._resume(hop, message, now), *self._opened(message.session, hop, now)]
         freed = self._free(message.session) if hop is not None else []
         return [*freed, *self._reserve(message)]
+
+    def _on_prepare(self, message: m.Prepare, sender: NodeId, now: float) -> list[Effect]:
+        hops = message.route.hops
+        if sender != message.epoch[1] or not 0 <= message.hop < len(hops) or hops[message.hop].node != self.me:
+            return [Emit(Rejected(sender, "prepares a hop that is not this node, or for another owner"))]
+        known = self._known(message.session)
+        if message.session in self._sessions or (known is not None and message.epoch < known):
+            return []
+        refusal = self._refusal(message)
+        return self.arrivals.prepare(message, now) if refusal is None else self._refuse(refusal, message, sender)
+
+    @staticmethod
+    def _refuse(refusal: m.Refused, message: m.Open | m.Prepare, sender: NodeId) -> list[Effect]:
+        fetch = [Emit(FetchPlacement(sender, message.placement_id))] if refusal.code == "unknown_placement" else []
+        return [*fetch, Send(sender, refusal)]
 
     def _known(self, session: m.SessionId) -> m.Epoch | None:
         """The newest epoch of ``session`` that is followed here, as hop or as witness."""
@@ -361,7 +395,7 @@ class StageCore:
             return "opens with names of pages past the accepted tokens"
         return ""
 
-    def _refusal(self, message: m.Open) -> m.Refused | None:
+    def _refusal(self, message: m.Open | m.Prepare) -> m.Refused | None:
         mine = _mine(message)
         code: Literal["stale_placement", "unknown_placement", "not_held"]
         if message.placement_id < self.placement_id:
@@ -386,10 +420,15 @@ class StageCore:
         self._serial += 1
         key = f"{message.session}#{self._serial}"
         self._reserving[key] = message
-        return [self._ask_room(key, message)]
+        arrival = self.arrivals.take(message)
+        if arrival is None:
+            return [*self.arrivals.drop(message.session), self._ask_room(key, message)]
+        kept = arrival.usable(message)
+        self._taken[key] = (arrival, kept)
+        return [self._ask_room(key, message, arrival.key, kept)]
 
     @staticmethod
-    def _ask_room(key: str, message: m.Open) -> Emit:
+    def _ask_room(key: str, message: m.Open, base: str = "", kept: int = 0) -> Emit:
         mine, last = _mine(message), message.hop == len(message.route.hops) - 1
         sampling: SamplingParams | None = None
         tokens: tuple[int, ...] = ()
@@ -398,10 +437,15 @@ class StageCore:
             sampling, tokens = message.request.sampling, (*message.request.prompt, *message.drawn)
         hops = len(message.route.hops)
         room = (message.max_positions, message.priority, hops)
-        return Emit(Reserve(key, message.route.model, mine.start, mine.end, *room, sampling, tokens))
+        return Emit(Reserve(key, message.route.model, mine.start, mine.end, *room, sampling, tokens, base, kept))
 
-    def _begin(self, hop: _Hop) -> list[Effect]:
-        """Behind the pages that are held here; the sampler before the last token, or before all that it is to score."""
+    def _begin(self, hop: _Hop, taken: tuple[Arrival, int] | None) -> list[Effect]:
+        """Behind what was shipped here, else behind the pages that are held here; the sampler before the last token, or
+        before all that it is to score."""
+        if taken is not None:
+            hop.start_from(*taken)
+            self.checkpoint_bytes += hop.checkpoints.bytes
+            return []
         most = hop.open.accepted
         if hop.last:
             assert hop.journal is not None
@@ -417,6 +461,7 @@ class StageCore:
         for key, opening in list(self._reserving.items()):
             if opening.session == session and opening.epoch <= epoch:
                 del self._reserving[key]
+                self._taken.pop(key, None)
 
     def _resume(self, hop: _Hop, message: m.Open, now: float) -> list[Effect]:
         """Keep what follows from the accepted tokens.  The sampler's last position is computed again, to draw."""
@@ -444,11 +489,11 @@ class StageCore:
         if sender != message.epoch[1]:
             return [Emit(Rejected(sender, "releases another owner's session"))]
         self._stop_reserving(message.session, message.epoch)
-        known = self._known(message.session)
+        known, freed = self._known(message.session), self.arrivals.drop(message.session)
         if known is None or message.epoch < known:
             self._early.take(message.session)
-            return []
-        effects: list[Effect] = []
+            return freed
+        effects = freed
         hop = self._sessions.get(message.session)
         if hop is not None and hop.epoch == message.epoch:
             hop.prefix.chain = message.chain
@@ -667,6 +712,32 @@ class StageCore:
             effects += self._want(session, hop)
         return effects
 
+    # -- moving to another node ----------------------------------------------------------------------------------------
+
+    def _on_fetch(self, hop: _Hop, message: m.Fetch, sender: NodeId) -> list[Effect]:
+        """A successor takes what is here; nothing of this hop changes by it."""
+        mine, (start, end) = _mine(hop.open), message.layers
+        if not mine.start <= start < end <= mine.end or message.start < 0:
+            return [Emit(Rejected(sender, "fetches pages of layers that are not computed here"))]
+        ask = Export(hop.key, hop.tag, sender, message.layers, message.start, hop.done)
+        return [Emit(ask)] if ask.start < ask.end else self.exported(ask, 0, memoryview(b""))
+
+    def exported(self, ask: Export, n: int, payload: memoryview) -> list[Effect]:
+        """The driver's answer to ``Export``: ``n`` positions from ``ask.start`` on; 0: they cannot be read."""
+        session = self._keys.get(ask.key)
+        hop = self._sessions.get(session) if session is not None else None
+        if (
+            hop is None or session is None or hop.tag != ask.tag
+        ):  # cut meanwhile: if it is still wanted, it is asked for
+            return []
+        same = ask.layers[1] == _mine(hop.open).end and not hop.last
+        rows = hop.checkpoints.rows(ask.start, ask.start + n) if same else memoryview(b"")
+        return [Send(ask.to, m.Pages(session, hop.epoch, ask.start, n, hop.done, payload, rows))]
+
+    def spoiled(self, key: str) -> list[Effect]:
+        """The driver's answer to an ``Import`` that cannot be done."""
+        return self.arrivals.spoiled(key)
+
     # -- rolling back, and the budget ----------------------------------------------------------------------------------
 
     def _trim(self, hop: _Hop, length: int) -> None:
@@ -694,12 +765,17 @@ class StageCore:
         return effects
 
 
-def _span(message: m.Open) -> LayerSpan:
+def _span(message: m.Open | m.Prepare) -> LayerSpan:
     """The layers that an Open names."""
     mine = _mine(message)
     return LayerSpan(message.route.model, mine.start, mine.end)
 
 
-def _mine(message: m.Open) -> Hop:
+def _mine(message: m.Open | m.Prepare) -> Hop:
     """The hop (node, start, end) that an Open names."""
     return message.route.hops[message.hop]
+
+
+def _overlaps(message: m.Open, span: LayerSpan) -> bool:
+    mine = _mine(message)
+    return message.route.model == span.model and mine.start < span.end and span.start < mine.end

@@ -21,6 +21,9 @@ class Reserve(msgspec.Struct, frozen=True):
     hops: int
     sampling: SamplingParams | None
     tokens: tuple[int, ...]
+    base: str = ""
+    """Take over the room of this key, with positions [0, kept) in it; it is no more, whatever the answer is."""
+    kept: int = 0
 
 
 class Compute(msgspec.Struct, frozen=True):
@@ -97,3 +100,24 @@ class FetchPlacement(msgspec.Struct, frozen=True):
 
     peer: NodeId
     placement_id: m.PlacementId
+
+
+class Export(msgspec.Struct, frozen=True):
+    """Read keys and values of ``layers``, as many of positions [start, end) as make one piece, then call
+    ``StageCore.exported``."""
+
+    key: str
+    tag: int
+    to: NodeId
+    layers: tuple[int, int]
+    start: int
+    end: int
+
+
+class Import(msgspec.Struct, frozen=True):
+    """Write what ``Export`` read: positions [start, start + n); what cannot be written calls ``StageCore.spoiled``."""
+
+    key: str
+    start: int
+    n: int
+    payload: memoryview

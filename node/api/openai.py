@@ -237,6 +237,7 @@ def _base_request(
         include_usage=bool(options and options.include_usage),
         response_id=ID_PREFIXES[form] + context.session,
         created=int(time.time()),
+        follows=request.headers.get("X-Mesh-Follows", "") == "1",
     )
 
 

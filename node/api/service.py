@@ -77,6 +77,8 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     """The one token that is drawn is not shown: only the prompt is scored."""
     tool_mode: str = "none"
     tool_names: tuple[str, ...] = ()
+    follows: bool = False
+    """Its client goes on elsewhere by itself when the node that it reads from leaves."""
 
 
 Top = tuple[tuple[int, float], ...]

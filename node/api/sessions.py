@@ -49,6 +49,16 @@ async def answer(request: web.Request, call: Call) -> web.StreamResponse:
         return await respond(request, call, has=has)
     context.session = session
     attached: dict[int, Generation] = {}
+    try:
+        call = await _attach_known(api, context, call, session, attached)
+    except BaseException:
+        await _release(attached)
+        raise
+    return await respond(request, call, attached, has)
+
+
+async def _attach_known(api: Api, context: Context, call: Call, session: str, attached: dict[int, Generation]) -> Call:
+    """``call`` with what its choices are already under ``session``; those that run are added to ``attached``."""
     choices = []
     for each in call.choices:
         name = session if each.index == 0 else f"{session}-{each.index}"
@@ -61,8 +71,7 @@ async def answer(request: web.Request, call: Call) -> web.StreamResponse:
         else:
             made = msgspec.structs.replace(each.request, session=name)
         choices.append(msgspec.structs.replace(each, request=made))
-    call = msgspec.structs.replace(call, choices=tuple(choices))
-    return await respond(request, call, attached, has)
+    return msgspec.structs.replace(call, choices=tuple(choices))
 
 
 async def session_events(request: web.Request) -> web.StreamResponse:
@@ -72,8 +81,9 @@ async def session_events(request: web.Request) -> web.StreamResponse:
     has = parse_event_ids(request.headers.get("Last-Event-ID", ""))
     session = request.match_info["id"]
     context.session = session if session.isascii() and session.isprintable() else ""
-    attached = await _attach_all(api, context, session)
+    attached: dict[int, Generation] = {}
     try:
+        await _attach_all(api, context, session, attached)
         call = await _call_of(api, attached)
     except BaseException:
         await _release(attached)
@@ -81,22 +91,20 @@ async def session_events(request: web.Request) -> web.StreamResponse:
     return await respond(request, call, attached, has)
 
 
-async def _attach_all(api: Api, context: Context, session: str) -> dict[int, Generation]:
+async def _attach_all(api: Api, context: Context, session: str, attached: dict[int, Generation]) -> None:
     first = await api.service.attach(session, context.caller, PATIENCE_S)
     if first is None:
         raise RequestError("no such session of yours is known", code="session_not_found", status=404)
-    attached = {0: first}
+    attached[0] = first
     for index in range(1, first.request.choices):
         reader = await api.service.attach(f"{session}-{index}", context.caller, 0.0)
         if reader is None:
-            await _release(attached)
             raise RequestError(
                 f"choice {index} of this session was not begun or is lost: repeat the request with its Idempotency-Key",
                 code="session_incomplete",
                 status=404,
             )
         attached[index] = reader
-    return attached
 
 
 async def _release(attached: dict[int, Generation]) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
-from mesh.errors import ConfigError, StalePlacement
+from mesh.errors import ConfigError, MeshError, StalePlacement
 from mesh.types import LayerSpan, ModelId, ModelInfo
 from node.engine.pages import KvBudget
 from node.engine.sequence import EngineStats, Result, SequenceSpec, Work
@@ -212,8 +212,19 @@ class Engine:
     def open(self, spec: SequenceSpec) -> int:
         """Reserve room for all of ``spec.max_positions``, so that the sequence is never stopped for memory; the bytes.
 
-        Raises ``StalePlacement`` when the layers are not held here, ``CapacityError`` when there is no room.
+        Raises ``StalePlacement`` when the layers are not held here, ``CapacityError`` when there is no room; its
+        ``base`` is closed in any case.
         """
+        if self._open.pop(spec.base, None) is not None:
+            self._budget.release(spec.base)
+        try:
+            self._admit(spec)
+        except MeshError:
+            if spec.base and self._runner is not None:
+                self._runner.post(self._runner.close, spec.base)
+            raise
+
+    def _admit(self, spec: SequenceSpec) -> None:
         loaded = self._loaded.get(spec.model)
         if loaded is None or not loaded.span.covers(spec.start, spec.end) or spec.start >= spec.end:
             raise StalePlacement(f"layers [{spec.start}, {spec.end}) of {spec.model} are not held here")
@@ -279,6 +290,28 @@ class Engine:
         assert self._runner is not None
         self._budget.drop(pages)
         self._runner.post(self._runner.drop_pages, pages)
+
+    # -- moving a sequence to another engine ---------------------------------------------------------------------------
+
+    def read_pages(
+        self, key: str, layers: tuple[int, int], start: int, end: int, answer: Callable[[int, bytes], None]
+    ) -> None:
+        """``answer(n, piece)`` on this loop: the first ``n`` of positions [start, end) of ``layers``, as many as make a
+        piece (node/engine/shipping.py); 0 where they cannot be read."""
+        if key in self._open:
+            assert self._runner is not None
+            loop = asyncio.get_running_loop()
+            told = lambda n, piece: loop.call_soon_threadsafe(answer, n, piece)  # noqa: E731
+            self._runner.post(self._runner.read_pages, key, layers, start, end, told)
+
+    def write_pages(self, key: str, start: int, n: int, piece: memoryview, spoiled: Callable[[], None]) -> None:
+        """Positions [start, start + n) of ``key`` are those of ``piece``; ``spoiled()`` on this loop: it is none."""
+        if key in self._open:
+            assert self._runner is not None
+            loop = asyncio.get_running_loop()
+            self._runner.post(
+                self._runner.write_pages, key, start, n, piece, lambda: loop.call_soon_threadsafe(spoiled)
+            )
 
     def _on_results(self, results: list[Result]) -> None:
         """Results of sequences that were closed meanwhile are of no use to anybody."""

@@ -17,6 +17,7 @@ from node.engine.selfcheck import Mode
 from node.engine.sequence import Result, Sampled, Sequence, TokenScore
 from node.engine.shard import Shard
 from node.engine.shared import PageStore
+from node.engine.shipping import piece_positions, read_pages, write_pages
 from node.engine.span import Part
 
 
@@ -88,6 +89,26 @@ class Holding:
         taken = self.pages.take(cast(Place, sequence.state), spec.start, spec.end, size, pages)
         sequence.length = size * len(pages) if taken else 0
         return taken
+
+    def read_pages(self, sequence: Sequence, layers: tuple[int, int], start: int, end: int) -> tuple[int, bytes]:
+        """Of positions [start, end) the first ``n``, and their keys and values; 0: they cannot be read."""
+        place, end = sequence.state, min(end, sequence.length)
+        if not isinstance(place, Place) or start >= end:
+            return 0, b""
+        n = min(end - start, piece_positions(place, range(*layers)))
+        return n, read_pages(place, range(*layers), start, n)
+
+    def write_pages(self, sequence: Sequence, start: int, n: int, piece: memoryview) -> bool:
+        """``False``: the piece is not the next one of this sequence."""
+        spec, place = sequence.spec, sequence.state
+        if not isinstance(place, Place) or start != sequence.length or start + n > spec.max_positions:
+            return False
+        try:
+            write_pages(place, range(spec.start, spec.end), start, n, self.shard.dtype, piece)
+        except ValueError:
+            return False
+        sequence.length += n
+        return True
 
     def keep(self, in_use: Many[Sequence]) -> None:
         """Give up layers that neither placement wants nor a sequence uses."""

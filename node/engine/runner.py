@@ -168,7 +168,11 @@ class Runner:
         row_bytes = shard.hidden_size * shard.dtype.itemsize
         vocabulary = shard.config.get_text_config(decoder=True).vocab_size
         sequence = Sequence(spec, self._arrivals, row_bytes, vocabulary)
-        holding.open(sequence)
+        base = self._sequences.pop(spec.base, None)
+        if base is None:
+            holding.open(sequence)
+        else:
+            sequence.state, sequence.length = base.state, min(base.length, spec.kept)
         self._sequences[spec.key] = sequence
         if guide is not None:
             guide.size = vocabulary
@@ -225,6 +229,18 @@ class Runner:
             holding = self._models[sequence.spec.model]
             holding.close(sequence)
             self._settle(sequence.spec.model, holding)
+
+    def read_pages(
+        self, key: str, layers: tuple[int, int], start: int, end: int, answer: Callable[[int, bytes], None]
+    ) -> None:
+        sequence = self._sequences.get(key)
+        if sequence is not None:
+            answer(*self._models[sequence.spec.model].read_pages(sequence, layers, start, end))
+
+    def write_pages(self, key: str, start: int, n: int, piece: memoryview, spoiled: Callable[[], None]) -> None:
+        sequence = self._sequences.get(key)
+        if sequence is not None and not self._models[sequence.spec.model].write_pages(sequence, start, n, piece):
+            spoiled()
 
     def install(self, model: ModelId, shard: Shard, mode: Any, wanted: Part, done: Callable[[], None]) -> None:
         """Take over a freshly loaded shard, next to the layers that are here already."""

@@ -32,6 +32,9 @@ class SequenceSpec(msgspec.Struct, frozen=True):
     """At the sampler only, as is ``tokens``."""
     tokens: tuple[int, ...] = ()
     """The prompt and what has been drawn so far."""
+    base: str = ""
+    """Another sequence over the same layers, which ends: this one goes on from its positions [0, kept)."""
+    kept: int = 0
 
     @property
     def prompt_length(self) -> int:

@@ -37,10 +37,12 @@ class Fault(msgspec.Struct, frozen=True):
     message: str = ""
 
 
-def new_session() -> aiohttp.ClientSession:
-    """A client session for peers: no cookies, no proxies, no redirects followed, no time limit but our own."""
+def new_session(per_host: int = 32) -> aiohttp.ClientSession:
+    """A client session for peers: no cookies, no proxies, no redirects followed, no time limit but our own.
+
+    ``per_host``: connections to one peer at a time, more wait; 0: any number."""
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0, limit_per_host=32, keepalive_timeout=30.0),
+        connector=aiohttp.TCPConnector(limit=0, limit_per_host=per_host, keepalive_timeout=30.0),
         cookie_jar=aiohttp.DummyCookieJar(),
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S),
         auto_decompress=False,

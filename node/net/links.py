@@ -62,6 +62,8 @@ class Links:
         self._tls, self._events, self._spawn, self._rng = tls, events, spawn, rng
         self._links: dict[NodeId, _Link] = {}
         self._session = new_session()
+        self._streams = new_session(per_host=0)
+        """For responses that last: they must not keep requests waiting.  The peer's door bounds their number."""
 
     def send(
         self, to: NodeId, address: str, kind: str, message: bytes, body: Buffer = b"", *, droppable: bool = False
@@ -104,15 +106,24 @@ class Links:
 
     @asynccontextmanager
     async def get(
-        self, to: NodeId, address: str, path: str, headers: Mapping[str, str] | None = None, timeout_s: float = 10.0
+        self,
+        to: NodeId,
+        address: str,
+        path: str,
+        headers: Mapping[str, str] | None = None,
+        timeout_s: float = 10.0,
+        *,
+        lasting: bool = False,
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         """``GET`` on ``to``'s door, for what ``Door.add_get`` serves; the caller reads the body, under its own limits.
 
         ``timeout_s`` is until the headers are here.  Raises as ``request`` does for a status of 400 or above.
+        ``lasting``: the body is a stream that goes on for as long as a session does.
         """
+        session = self._streams if lasting else self._session
         try:
             async with asyncio.timeout(timeout_s):
-                response = await self._session.get(
+                response = await session.get(
                     f"https://{address}{path}",
                     ssl=self._tls.client,
                     server_hostname=node_name(self._tls.mesh_id, to),
@@ -148,6 +159,7 @@ class Links:
         if tasks:
             await asyncio.wait(tasks, timeout=2 * CLOSE_S)
         await self._session.close()
+        await self._streams.close()
 
     def _reset(self, node_id: NodeId) -> None:
         self.drop(node_id)

@@ -41,7 +41,9 @@ class World:
         self.news: list[tuple[Any, ...]] = []
         self.on_bring: Callable[[Callable[[int, int], None]], None] = lambda progress: None
         monkeypatch.setattr(asyncio.get_running_loop(), "time", lambda: self.now)
-        self.loader = Loader(self, self, room=1 << 40, view=self._view, in_use=self._in_use, changed=self._changed)  # type: ignore[arg-type]
+        self.vacated: list[LayerSpan] = []
+        told = {"view": self._view, "in_use": self._in_use, "vacate": self.vacated.append, "changed": self._changed}
+        self.loader = Loader(self, self, room=1 << 40, **told)  # type: ignore[arg-type]
 
     def place(self, *wishes: LayerSpan, others: tuple[LayerSpan, ...] = (), known: tuple[ModelInfo, ...] = ()) -> None:
         """This node shall hold ``wishes``; other members hold ``others`` now."""
@@ -171,6 +173,7 @@ async def test_what_moved_away_is_dropped_when_others_serve_it(world: World) -> 
     world.place(others=(span(0, 4),))
     world.used = [span(3, 5)]
     assert await world.step() == []
+    assert world.vacated == [span(0, 4)], "its sessions are to move to the others"
     world.used = []
     assert await world.step() == ["unload m 0-4"]
     assert world.loader.spans == ()
@@ -289,7 +292,7 @@ async def test_it_looks_at_once_when_it_is_woken(monkeypatch: pytest.MonkeyPatch
         return MeshView("me")
 
     nothing: Any = None
-    made = Loader(nothing, nothing, room=0, view=view, in_use=lambda piece: False, changed=lambda: None)
+    made = Loader(nothing, nothing, room=0, view=view, in_use=lambda piece: False, vacate=print, changed=lambda: None)
     task = asyncio.create_task(made.run())
     await asyncio.wait_for(looks.get(), 5.0)
     for _ in range(3):

@@ -23,6 +23,7 @@ FaultKind = Literal[
     "busy",  # every step of `nodes` takes `value` seconds; what arrives meanwhile waits
     "fsync",  # a record is durable only `value` seconds later, while the node waits; a crash meanwhile may lose it
     "lies",  # the next crash of `nodes` loses the last `value` records, though the disk had said that they are durable
+    "leave",  # `nodes` are to go: what they do is their core's; mostly a crash follows
     "drift",  # the clocks of `nodes` run at `value` x real time from now on
 ]
 Delay = Literal["exponential", "uniform", "pareto"]

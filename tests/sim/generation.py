@@ -24,6 +24,7 @@ LAYERS = 6
 PAGE = 3
 CONFIG = e.SessionConfig(page=PAGE)
 VOCABULARY = 97
+HEIR_S = 10.0
 ROW = 8
 MASK = (1 << 64) - 1
 
@@ -60,6 +61,18 @@ class FakeKv:
             for layer, digests in page.items():
                 self.layers[layer] += digests
         self.length = length
+
+    def ship(self, layers: tuple[int, int], start: int, n: int) -> bytes:
+        """The digests of positions [start, start + n), layer by layer."""
+        digests = [self.layers[layer][start + 1 : start + n + 1] for layer in range(*layers)]
+        return b"".join(digest.to_bytes(ROW, "big") for layer in digests for digest in layer)
+
+    def write(self, start: int, n: int, payload: bytes) -> None:
+        assert self.length == start, "pages are written in order"
+        for at, digests in enumerate(self.layers.values()):
+            rows = range(at * n * ROW, (at + 1) * n * ROW, ROW)
+            digests += [int.from_bytes(payload[row : row + ROW], "big") for row in rows]
+        self.length += n
 
     def truncate(self, length: int) -> None:
         self.length = min(self.length, length)
@@ -104,15 +117,21 @@ class FakeEngine:
         self.pages: dict[int, dict[int, list[int]]] = {}
         self.lost: set[str] = set()
         self.rewound: list[t.Computed] = []
+        self.piece = 7
         self.sequences: dict[str, tuple[FakeKv, t.Reserve]] = {}
         self.queue: deque[t.Compute] = deque()
         self.due: float | None = None
         self.computed_positions = 0
+        self.carried = 0
+        """Sequences that went on from shipped pages."""
 
     def reserve(self, ask: t.Reserve) -> bool:
+        base = self.sequences.pop(ask.base)[0] if ask.base else FakeKv(ask.start, ask.end)
         if len(self.sequences) >= self.slots:
             return False
-        self.sequences[ask.key] = (FakeKv(ask.start, ask.end), ask)
+        base.truncate(ask.kept)
+        self.carried += ask.kept > 0
+        self.sequences[ask.key] = (base, ask)
         return True
 
     @property
@@ -133,6 +152,12 @@ class FakeEngine:
     def drop(self, event: t.DropPages) -> None:
         for number in event.pages:
             del self.pages[number]
+
+    def export(self, ask: t.Export) -> tuple[int, memoryview]:
+        """At most a few positions at once, as an engine does; nothing where it has been cut meanwhile."""
+        kv = self.sequences[ask.key][0]
+        n = max(0, min(ask.end, kv.length, ask.start + self.piece) - ask.start)
+        return n, memoryview(kv.ship(ask.layers, ask.start, n))
 
     def submit(self, work: t.Compute, now: float) -> None:
         if work.key in self.lost:
@@ -219,6 +244,12 @@ class Peer:
         """What each session has shown, from its first token on."""
         self.ends: dict[str, Any] = {}
         self.recoveries: list[e.Recovery] = []
+        self.leaving = False
+        """It is to go: its hops and sessions are to be moved ..."""
+        self.leavers: set[str] = set()
+        """... as are those of these nodes, by gossip."""
+        self.heirs: dict[str, tuple[str, float]] = {}
+        """Session -> to whom it was given away, and until when that is news."""
         self.shown: list[tuple[str, int]] = []
         """(session, position) of tokens shown in this step, for checkers."""
         if me in spans:
@@ -241,7 +272,8 @@ class Peer:
         if isinstance(message, m.TO_SESSION):
             session = self.sessions.get(message.session)
             if session is None:
-                return disclaim(message, sender, message.session in self.ends)
+                heir, until = self.heirs.get(message.session, ("", 0.0))
+                return disclaim(message, sender, message.session in self.ends, heir if now < until else None)
             return self._done(message.session, session.receive(message, sender, now), now)
         return self._staged(self.stage.receive(message, sender, now), now)
 
@@ -262,6 +294,13 @@ class Peer:
             effects += self._done(name, session.lost(peer, cause, now), now)
         return effects
 
+    def leave(self, now: float) -> list[Effect]:
+        """As long as it is here: have hops and sessions moved to others."""
+        effects = self._staged(self.stage.vacate(), now)
+        for name, session in list(self.sessions.items()):
+            effects += self._done(name, session.give_away(self.leavers), now)
+        return effects
+
     def renew(self) -> list[Effect]:
         """The leases of all sessions that are owned here."""
         held: dict[str, list[tuple[str, m.Epoch]]] = {}
@@ -274,6 +313,7 @@ class Peer:
         self.sessions[name] = session
         self.streams[name] = []
         self.ends.pop(name, None)
+        self.heirs.pop(name, None)
         return self._done(name, session.start(now), now)
 
     def _staged(self, effects: list[Effect], now: float) -> list[Effect]:
@@ -302,6 +342,10 @@ class Peer:
                 self.engine.drop(event)
             elif isinstance(event, t.Free):
                 self.engine.free(event.key)
+            elif isinstance(event, t.Export):
+                out += self._staged(self.stage.exported(event, *self.engine.export(event)), now)
+            elif isinstance(event, t.Import):
+                self.engine.sequences[event.key][0].write(event.start, event.n, bytes(event.payload))
             elif isinstance(event, Adopt):
                 if event.session not in self.sessions:
                     out.append(effect)
@@ -317,6 +361,8 @@ class Peer:
             event = effect.event if isinstance(effect, Emit) else None
             if isinstance(event, e.NeedRoute):
                 out += self._done(name, self._route(name, event, now), now)
+            elif isinstance(event, e.NeedMove):
+                out += self._done(name, self._plan(name, event, now), now)
             elif isinstance(event, e.Accepted):
                 session = self.sessions[name]
                 assert event.position == len(session.request.prompt) + len(self.streams[name]), "once and in order"
@@ -326,15 +372,34 @@ class Peer:
             elif isinstance(event, e.Ended | e.Failed | e.Moved):
                 out.append(effect)
                 self.ends[name] = event
-                self.sessions.pop(name)
+                session = self.sessions.pop(name)
+                if isinstance(event, e.Moved) and session.given:
+                    self.heirs[name] = (event.owner, now + HEIR_S)
             elif isinstance(event, e.Recovered):
                 self.recoveries.append(event.recovery)
+                out.append(effect)
             else:
                 out.append(effect)
         return out
 
+    def _plan(self, name: str, ask: e.NeedMove, now: float) -> list[Effect]:
+        hops = self._hops(e.NeedRoute(ask.keep, (*ask.exclude, *sorted(self.leavers))))
+        return self.sessions[name].prepare(Route("toy", hops), (0, 0), now) if hops else []
+
     def _route(self, name: str, ask: e.NeedRoute, now: float) -> list[Effect]:
-        hops, at = [], 0
+        """Nodes that leave serve only where nobody else does."""
+        hops = self._hops(e.NeedRoute(ask.keep, (*ask.exclude, *sorted(self.leavers)))) or self._hops(ask)
+        if hops is None:
+            return self.sessions[name].unroutable("no live node holds some layer", now)
+        route = Route("toy", hops)
+        others = [x for x in self.nodes if x != self.me and x not in ask.exclude]
+        others = [x for x in others if x not in self.leavers] or others
+        witness = self.rng.choice(others) if others and needs_witness(route, self.me) else None
+        return self.sessions[name].follow(route, (0, 0), now, witness=witness)
+
+    def _hops(self, ask: e.NeedRoute) -> tuple[Hop, ...] | None:
+        hops: list[Hop] = []
+        at = 0
         while at < LAYERS:
             kept = [hop for hop in ask.keep if hop.start == at]
             ends = min([hop.start for hop in ask.keep if hop.start > at], default=LAYERS)
@@ -348,9 +413,6 @@ class Peer:
                 node, end = self.rng.choice(able)
                 hops.append(Hop(node, at, min(end, ends)))
             else:
-                return self.sessions[name].unroutable(f"no live node holds layer {at}", now)
+                return None
             at = hops[-1].end
-        route = Route("toy", tuple(hops))
-        others = [node for node in self.nodes if node != self.me and node not in ask.exclude]
-        witness = self.rng.choice(others) if others and needs_witness(route, self.me) else None
-        return self.sessions[name].follow(route, (0, 0), now, witness=witness)
+        return tuple(hops)

@@ -127,5 +127,36 @@ def anybody_gives_way(holders: Mapping[str, Holder], priority: Priority, lacking
     return found[-lacking:]
 
 
+class PagesOfAnyEpoch(StageCore):
+    """What was shipped counts whatever became of the epoch since."""
+
+    def _on_open(self, message: m.Open, sender: str, now: float) -> list[Effect]:
+        arrival = self.arrivals._arrivals.get(message.session)
+        if arrival is not None:
+            message = msgspec.structs.replace(message, shipped=(arrival.prepare.epoch, message.accepted))
+        return super()._on_open(message, sender, now)
+
+
+class MoreThanArrived(StageCore):
+    """A successor counts what the owner accepted, not what came."""
+
+    def _on_open(self, message: m.Open, sender: str, now: float) -> list[Effect]:
+        arrival = self.arrivals._arrivals.get(message.session)
+        if arrival is not None and arrival.have:
+            arrival.have = message.accepted
+            arrival.checkpoints.skip(arrival.have)
+        return super()._on_open(message, sender, now)
+
+
+class PiecesUnchecked(StageCore):
+    """The next piece is taken for the next one, wherever it begins."""
+
+    def receive(self, message: m.ToStage, sender: str, now: float) -> list[Effect]:
+        arrival = self.arrivals._arrivals.get(message.session) if isinstance(message, m.Pages) else None
+        if arrival is not None:
+            message = msgspec.structs.replace(message, start=arrival.have, rows=memoryview(b""))
+        return super().receive(message, sender, now)
+
+
 def peer_with(stage: type[StageCore] = StageCore, session: type[Session] = Session) -> type[Peer]:
     return type("Mutant", (Peer,), {"stage_type": stage, "session_type": session})

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 from mesh.core import Send
@@ -81,13 +82,14 @@ def request(
     longest: int = 40,
     common: bool = False,
     priority: Priority = "interactive",
+    stop: tuple[int, ...] = (0,),
 ) -> m.SessionRequest:
     """``common``: half of the prompts begin with some of ``SYSTEM``, a few of those after another first token."""
     prompt = tuple(rng.randrange(97) for _ in range(rng.randint(1, longest)))
     known = min((0, 0, 7, 12)[prompt[0] % 4], len(prompt) - 1)
     if common and known:
         prompt = (41 if prompt[1] % 4 == 0 else 40, *SYSTEM[1:known], *prompt[known:])
-    sampling = SamplingParams(max_tokens=max_tokens, seed=rng.randrange(1 << 32), stop_token_ids=(0,))
+    sampling = SamplingParams(max_tokens=max_tokens, seed=rng.randrange(1 << 32), stop_token_ids=stop)
     return m.SessionRequest(model="toy", prompt=prompt, sampling=sampling, timeout_s=timeout_s, priority=priority)
 
 
@@ -98,9 +100,10 @@ def start(
     timeout_s: float = 300.0,
     longest: int = 40,
     common: bool = False,
+    stop: tuple[int, ...] = (0,),
 ) -> dict[str, m.SessionRequest]:
     rng = world.rng_for("requests")
-    wanted = {f"s{index}": request(rng, max_tokens, timeout_s, longest, common) for index in range(count)}
+    wanted = {f"s{index}": request(rng, max_tokens, timeout_s, longest, common, stop=stop) for index in range(count)}
     for name, ask in wanted.items():
         world.do("entry", lambda core, now, name=name, ask=ask: core.open(name, ask, now))
     return wanted
@@ -176,6 +179,10 @@ class Weather:
         """Session -> tokens shown by any owner, prompt included."""
         self._before: dict[tuple[str, str], tuple[Any, ...]] = {}
         """(session, node) -> what its hop was after the node's last step."""
+        self._hops: dict[tuple[str, str], Any] = {}
+        """(session, node) -> its hop as it was last seen there."""
+        self._came: Counter[tuple[str, str, int, m.Epoch]] = Counter()
+        """(session, node, its life, epoch) -> positions of which pages came there, without a gap."""
         self._unreachable: dict[tuple[str, str], float] = {}
         self._renew_at = RENEW_S
         world.after_step.append(self._check)
@@ -187,6 +194,7 @@ class Weather:
 
     def _poll(self) -> None:
         self._gossip()
+        self._leave()
         if self.world.now >= self._renew_at:
             self._renew_at = self.world.now + RENEW_S
             for node in self.world.nodes.values():
@@ -214,6 +222,15 @@ class Weather:
         return any(
             kind == "deliver" and getattr(c, "session", "") == session for _, _, kind, _, _, c in self.world._heap
         )
+
+    def _leave(self) -> None:
+        """Gossip says who is to go, and who is say so to the owners of their sessions, again and again."""
+        leavers = {node.id for node in self.world.nodes.values() if node.up and node.core.leaving}
+        for node in self.world.nodes.values():
+            if node.up:
+                node.core.leavers = leavers
+        for name in sorted(leavers):
+            self.world.do(name, lambda core, now: core.leave(now))
 
     def _gossip(self) -> None:
         """Tell every node whom it could not reach for ``GOSSIP_S``."""
@@ -255,18 +272,39 @@ class Weather:
             if session == foreign and was is not None and heard.epoch != was[0]:
                 assert now == was, f"{name} follows {was[0]} and obeyed {type(heard).__name__} of {heard.epoch}"
             before[session, name] = now
+        self._check_pages(heard, core, name)
         for session, position in core.shown:
             others = any(held.get((session, other), 0) > position for other in world.nodes if other != name)
             assert others or self._alone(core, session), f"{name} shows {session}[{position}], which nobody else holds"
             self._shown[session] = max(self._shown.get(session, 0), position + 1)
         if core.shown:
             core.shown.clear()
+        self.counts["carried"] += core.engine.carried
+        core.engine.carried = 0
         assert core.stage._early.frames <= core.stage.config.held_frames
         for effect in world.effects:
             if isinstance(effect, Send):
                 self.counts["contested"] += isinstance(effect.message, m.Ahead)
+                self.counts["given away"] += isinstance(effect.message, m.Disown) and bool(effect.message.drawn)
+                self.counts["pages"] += isinstance(effect.message, m.Pages) and effect.message.n > 0
             elif isinstance(effect.event, Adopt | e.Moved):
                 self.counts["adoptions" if isinstance(effect.event, Adopt) else "relays"] += 1
+
+    def _check_pages(self, heard: Any, core: Peer, name: str) -> None:
+        """P4 of what is shipped: a hop begins with what came in the epoch that its ``Open`` names, and was accepted."""
+        life = self.world.nodes[name].life
+        if isinstance(heard, m.Pages):
+            key = (heard.session, name, life, heard.epoch)
+            self._came[key] += heard.n if heard.start == self._came[key] else 0
+        elif isinstance(heard, m.Open):
+            hop = core.stage._sessions.get(heard.session)
+            if hop is not None and hop is not self._hops.get((heard.session, name)) and hop.done:
+                epoch, accepted = heard.shipped or ((0, ""), 0)
+                came = min(accepted, self._came[heard.session, name, life, epoch])
+                assert hop.done <= max(came, hop.prefix.length), (
+                    f"{name} begins {heard.session} at {hop.done}, {came} came in {epoch}"
+                )
+            self._hops[heard.session, name] = hop
 
     @staticmethod
     def _alone(core: Peer, session: str) -> bool:
@@ -297,6 +335,7 @@ def check_freed(world: World) -> None:
             assert node.core.sessions == {}, node.id
             assert node.core.stage.sessions() == [], node.id
             assert list(node.core.stage.journals) == [], node.id
+            assert len(node.core.stage.arrivals) == 0, node.id
             assert node.core.stage.checkpoint_bytes == 0, node.id
             assert node.core.engine.sequences == {}, node.id
             assert set(node.core.engine.pages) == node.core.stage.pages.numbers(), node.id
@@ -326,30 +365,70 @@ def weather_of(seed: int) -> tuple[str, list[Fault]]:
     return layout, schedule(rng, list(LAYOUTS[layout]))
 
 
-def play(seed: int, sessions: int = 3, peer: type[Peer] = Peer, traced: bool = False) -> Weather:
+def departures(rng: random.Random, nodes: list[str]) -> list[Fault]:
+    """Nodes leave and come back, one after the other or at once; around it whatever else may happen."""
+    faults: list[Fault] = []
+    at = rng.uniform(0.05, 1.0)
+    for number in range(rng.randint(2, 4)):
+        victim = "entry" if rng.random() < 0.3 else rng.choice(nodes)
+        stays = rng.choice([0.02, 0.3, 0.6, 1.5, 4.0]) * rng.uniform(0.5, 1.5)
+        faults.append(Fault(at, "leave", (victim,)))
+        faults.append(Fault(at + stays, "crash", (victim,)))
+        faults.append(Fault(at + stays + rng.uniform(0.2, 2.0), "restart", (victim,)))
+        if rng.random() < 0.5:
+            other = rng.choice(nodes)
+            when = at + rng.uniform(0.0, 0.6)
+            kind = rng.choice(["crash", "pause", "cut"])
+            undo = {"crash": "restart", "pause": "resume", "cut": "heal"}[kind]
+            faults += [Fault(when, kind, (other,)), Fault(when + rng.uniform(0.2, 3.0), undo, (other,))]
+        at += stays + rng.uniform(0.0, 2.0) if number % 2 else rng.uniform(0.0, 0.5)
+    return faults
+
+
+def departures_of(seed: int) -> tuple[str, list[Fault]]:
+    rng = random.Random(f"{seed}/departures")
+    layout = rng.choice(list(LAYOUTS))
+    return layout, departures(rng, list(LAYOUTS[layout]))
+
+
+def lossy_departures_of(seed: int) -> tuple[str, list[Fault]]:
+    layout, faults = departures_of(seed)
+    return layout, [Fault(0.0, "loss", value=0.1), *faults]
+
+
+Schedules = Callable[[int], tuple[str, list[Fault]]]
+
+
+def play(
+    seed: int,
+    sessions: int = 3,
+    peer: type[Peer] = Peer,
+    traced: bool = False,
+    weather: Schedules = weather_of,
+) -> Weather:
     """One schedule: faults while ``sessions`` stream, P1, P3, P6 and P7, and P2 once leases have run out.
 
     A violation carries the schedule and the last events as notes: only then is the run traced, by doing it again.
     """
     try:
-        return _play(seed, sessions, peer, traced)
+        return _play(seed, sessions, peer, weather, traced)
     except AssertionError:
-        return _play(seed, sessions, peer, traced=True)
+        return _play(seed, sessions, peer, weather, traced=True)
 
 
-def _play(seed: int, sessions: int, peer: type[Peer], traced: bool) -> Weather:
-    layout, faults = weather_of(seed)
+def _play(seed: int, sessions: int, peer: type[Peer], weather: Schedules, traced: bool) -> Weather:
+    layout, faults = weather(seed)
     net = NetParams(loss=0.01 if seed % 3 == 0 else 0.0)
     world = make_world(seed, net, LAYOUTS[layout], step_s=0.05, peer=peer, forgets=0.2)
     world.traced = traced
     world.schedule(faults)
-    weather = Weather(world, start(world, sessions, TOKENS, longest=12, common=True))
+    watched = Weather(world, start(world, sessions, TOKENS, longest=12, common=True))
     try:
-        world.run(310.0, stop=lambda: weather.over)
-        check_clients(weather)
+        world.run(310.0, stop=lambda: watched.over)
+        check_clients(watched)
         world.run(world.now + 250.0)
         check_freed(world)
     except AssertionError as violation:
         violation.add_note("\n".join([layout, *map(str, faults), *world.lines(200)]))
         raise
-    return weather
+    return watched

@@ -24,10 +24,13 @@ from tests.sim.generation_world import (
     check_clients,
     check_freed,
     check_streams,
+    departures_of,
+    lossy_departures_of,
     make_world,
     play,
     request,
     start,
+    weather_of,
 )
 from tests.sim.world import Fault, NetParams
 
@@ -278,6 +281,55 @@ def test_the_owner_dies_between_the_last_token_and_the_end() -> None:
     assert weather.lost == []
 
 
+# -- planned moves -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block", range(5))
+def test_nodes_leave_in_any_weather(block: int) -> None:
+    """Hops, owners and whole routes are to go: alone, together, during recoveries; successors and leavers die."""
+    for seed in range(100 * block, 100 * block + 100):
+        play(seed, weather=departures_of)
+
+
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+def test_a_rolling_restart_loses_nothing_and_computes_next_to_nothing_again(layout: str) -> None:
+    world = make_world(11, spans=LAYOUTS[layout], step_s=0.02)
+    for number, node in enumerate(world.nodes):
+        for late, kind in ((0.0, "leave"), (1.0, "crash"), (2.0, "restart")):
+            world.schedule([Fault(3.0 + 2.5 * number + late, kind, (node,))])  # type: ignore[arg-type]
+    weather = Weather(world, start(world, 4, max_tokens=250, stop=()))
+    assert world.run(200.0, stop=lambda: weather.over)
+    check_clients(weather)
+    assert weather.lost == []
+    assert weather.counts["carried"] >= 4
+    told = [event.recovery for node in world.nodes.values() for event in node.emitted if isinstance(event, e.Recovered)]
+    moved = [trace for trace in told if trace.cause in ("moved", "owner moved")]
+    assert len(moved) >= 8
+    # A witness goes without a word, and is only replaced; every other change of route is planned.
+    assert [trace for trace in told if trace.positions_replayed > 8] == []
+    world.run(world.now + 250.0)
+    check_freed(world)
+
+
+def test_what_came_before_the_leaver_died_is_not_computed_again() -> None:
+    """The old hop dies while its pages are on their way: the successor goes on from what it has."""
+    world = make_world(3, spans={"a": (0, 3), "b1": (3, 6), "b2": (3, 6)}, step_s=0.05)
+    weather = Weather(world, start(world, 1, max_tokens=60, stop=()))
+    entry = world.core("entry")
+    assert world.run(60.0, stop=lambda: len(entry.streams["s0"]) >= 8)
+    leaver = entry.sessions["s0"].route.hops[1].node
+    world.core(leaver).leaving = True
+    other = world.core({"b1": "b2", "b2": "b1"}[leaver])
+    assert world.run(60.0, stop=lambda: any(x.have > 8 for x in other.stage.arrivals._arrivals.values()))
+    prompt = len(entry.sessions["s0"].request.prompt)
+    came = next(iter(other.stage.arrivals._arrivals.values())).have
+    world.apply(Fault(world.now, "crash", (leaver,)))
+    assert world.run(60.0, stop=lambda: weather.over)
+    check_clients(weather)
+    positions = prompt + len(weather.clients[0].tokens) - 1  # the last token's are never computed
+    assert other.engine.computed_positions == positions - came
+
+
 # -- negative controls: each mistake is seen by a pinned seed ----------------------------------------------------------
 
 
@@ -292,6 +344,9 @@ def test_the_owner_dies_between_the_last_token_and_the_end() -> None:
         (mutants.Deaf, 0),
         (mutants.Hasty, 1),
         (mutants.HeedlessClaim, 58),
+        (mutants.PagesOfAnyEpoch, 115),
+        (mutants.MoreThanArrived, 0),
+        (mutants.PiecesUnchecked, 45),
     ],
 )
 def test_mistakes_are_seen(mistake: type, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -302,8 +357,13 @@ def test_mistakes_are_seen(mistake: type, seed: int, monkeypatch: pytest.MonkeyP
         peer = mutants.peer_with(session=mistake)
     else:
         monkeypatch.setattr(stage, "Checkpoints", mistake)
+    of_moves = {
+        mutants.PagesOfAnyEpoch: lossy_departures_of,
+        mutants.MoreThanArrived: departures_of,
+        mutants.PiecesUnchecked: departures_of,
+    }
     with pytest.raises(AssertionError):
-        play(seed, peer=peer)
+        play(seed, peer=peer, weather=of_moves.get(mistake, weather_of))
 
 
 # -- too little room ---------------------------------------------------------------------------------------------------

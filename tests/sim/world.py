@@ -201,6 +201,8 @@ class World:
             node.paused, node.paused_at = True, self.now
         elif kind == "resume":
             self._resume(node)
+        elif kind == "leave" and node.up:
+            node.core.leaving = True
         elif kind == "busy":
             node.step_s = fault.value
         elif kind == "fsync":
