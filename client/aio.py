@@ -162,6 +162,7 @@ class AsyncMeshClient:
         body |= {"stream": True, "stream_options": {"include_usage": True}}
         if model is not None:
             body["model"] = model
+        _make_resumable(body)
         running = Stream(self, Progress(path, body, secrets.token_hex(16)))
         return running if stream else _collect(running)
 
@@ -193,7 +194,7 @@ class AsyncMeshClient:
     async def open(self, progress: Progress, rounds: Rounds) -> tuple[aiohttp.ClientResponse, str]:
         """A node that takes the request, and its response with the stream.  ``closed`` must follow."""
         headers = {"Idempotency-Key": progress.idempotency_key, "X-Mesh-Follows": "1", **_last_event(progress)}
-        response, url = await self._attempt("POST", progress.path, progress.body, headers, rounds)
+        response, url = await self._attempt("POST", progress.path, progress.resubmitted, headers, rounds)
         progress.session = response.headers.get("x-mesh-session", "")
         progress.route = response.headers.get("x-mesh-route", "")
         self._learn_soon(url)
@@ -303,6 +304,20 @@ class AsyncMeshClient:
         if isinstance(members, list):
             alive = [m for m in members if isinstance(m, dict) and m.get("state") == "alive"]
             self.nodes.learn([str(m["api"]) for m in alive if m.get("api")], url)
+
+
+def _make_resumable(body: dict[str, Any]) -> None:
+    """Ask for all that it takes to go on after the loss of a whole mesh: the tokens, and a seed that is known here.
+
+    Not for several choices, nor for class ``batch``, which the mesh itself has on disk.
+    """
+    mesh, prompt = body.get("mesh") or {}, body.get("prompt")
+    several = isinstance(prompt, list) and not all(isinstance(token, int) for token in prompt)
+    if several or body.get("n") not in (None, 1) or not isinstance(mesh, Mapping) or mesh.get("class") == "batch":
+        return
+    body["mesh"] = {"return_tokens": True, **mesh}
+    if body.get("seed") is None:
+        body["seed"] = secrets.randbits(63)
 
 
 def _last_event(progress: Progress) -> dict[str, str]:

@@ -122,7 +122,7 @@ class Stream:
         try:
             try:
                 return await self._client.resume(self.progress, rounds)
-            except NotFound:  # all that knew it are gone: the same key and seed draw the same tokens again
+            except NotFound:  # all that knew it are gone: go on after what came, or draw the same tokens again
                 return await self._client.open(self.progress, rounds)
         except (ApiError, NoNodeReachable) as error:
             raise StreamInterrupted(

@@ -29,6 +29,8 @@ class Piece:
     session: str = ""
     route: str = ""
     event_id: str = ""
+    tokens: tuple[int, ...] = ()
+    """Those that this event is made of, where the node tells them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +74,8 @@ class Progress:
     """By choice, the last event's id: what to ask the rest of the stream with."""
     texts: dict[int, str] = field(default_factory=dict)
     finished: set[int] = field(default_factory=set)
+    tokens: list[int] = field(default_factory=list)
+    """Of the one choice; empty where there are several, or the node tells none."""
     shown: bool = False
     """Something besides text: a piece of a tool call, log-probabilities."""
     moves: int = 0
@@ -82,7 +86,15 @@ class Progress:
         """Whether the caller was shown anything that a new attempt could contradict."""
         return self.shown or any(self.texts.values()) or bool(self.finished)
 
+    @property
+    def resubmitted(self) -> dict[str, Any]:
+        """The request for a mesh that knows nothing of it any more: it goes on after the tokens that came."""
+        if not self.tokens:
+            return self.body
+        return {**self.body, "mesh": {**self.body["mesh"], "resume_tokens": self.tokens}}
+
     def note(self, piece: Piece) -> None:
+        self.tokens += piece.tokens
         self.texts[piece.index] = self.texts.get(piece.index, "") + piece.text
         self.shown = self.shown or bool(piece.tool_calls or piece.logprobs)
         if piece.event_id and piece.usage is None:
@@ -93,14 +105,16 @@ class Progress:
 
 def pieces_of(chunk: dict[str, Any], event_id: str, progress: Progress) -> list[Piece]:
     """A chunk of either form as pieces, one per choice in it; a usage chunk as one piece."""
-    made = [_piece(choice, event_id, progress) for choice in chunk.get("choices") or ()]
+    told = chunk.get("mesh") or {}
+    tokens = tuple(told.get("tokens") or ())
+    made = [_piece(choice, event_id, progress, tokens) for choice in chunk.get("choices") or ()]
     usage = chunk.get("usage")
     if isinstance(usage, dict):
         made.append(Piece(usage=_usage(usage), session=progress.session, route=progress.route, event_id=event_id))
     return made
 
 
-def _piece(choice: dict[str, Any], event_id: str, progress: Progress) -> Piece:
+def _piece(choice: dict[str, Any], event_id: str, progress: Progress, tokens: tuple[int, ...]) -> Piece:
     delta = choice.get("delta") or {}
     return Piece(
         text=delta.get("content") or choice.get("text") or "",
@@ -111,6 +125,7 @@ def _piece(choice: dict[str, Any], event_id: str, progress: Progress) -> Piece:
         session=progress.session,
         route=progress.route,
         event_id=event_id,
+        tokens=tokens,
     )
 
 

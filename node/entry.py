@@ -226,6 +226,8 @@ class LiveGeneration:
 
     def _on_end(self, event: core.Ended | core.Failed) -> None:
         last = _last_of(event)
+        if isinstance(last, EndEvent) and last.reason != "cancelled" and not self._opened.done():
+            self._opened.set_result(None)  # it was resubmitted with all that there is to draw
         # Under its key it can be asked for again: a refusal is no answer, and neither is half of one.
         self.answers = self._opened.done() and last != EndEvent("cancelled")
         if not self._opened.done():
@@ -324,8 +326,14 @@ class Entry:
         """Open the session at every hop.  CapacityError, NoRoute: certainly nothing was started."""
         if request.session in self._sessions:
             return await self._join(self._sessions[request.session])
-        session = Session(request.session, self.me, _journal(request), self._rng, self.clock())
-        _check_size(session.request)
+        drawn, request = request.resume, msgspec.structs.replace(request, resume=())
+        journal, now = _journal(request), self.clock()
+        _check_size(journal)
+        if drawn:
+            known = (request.session, self.me, journal, drawn, 0, request.timeout_s)
+            session = Session.restore(*known, self._rng, now, cause="resubmitted", kept_by="client")
+        else:
+            session = Session(request.session, self.me, journal, self._rng, now)
         generation = self._sessions[request.session] = LiveGeneration(self, request, session)
         try:
             generation.step(session.start(self.clock()))

@@ -56,10 +56,10 @@ class NodeService:
             raise NoRoute(f"the mesh does not serve model {model!r}")
         return await self._node.weights.outline(info, self.view.sources(info.manifest))
 
-    async def check_grammar(self, model: ModelId, grammar: str) -> None:
+    async def check_grammar(self, model: ModelId, grammar: str, drawn: tuple[int, ...] = ()) -> None:
         tokenizer, folder = await self.tokenizer(model), await self._folder(model)
         vocabularies = self._node.vocabularies
-        await off_loop(True, lambda: vocabularies.get(folder, tokenizer).start(grammar))
+        await off_loop(True, lambda: vocabularies.get(folder, tokenizer).check(grammar, drawn))
 
     # -- generations ---------------------------------------------------------------------------------------------------
 

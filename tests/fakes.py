@@ -131,6 +131,11 @@ class FakeGeneration:
             for event in self._prompt_events():
                 yield event
         while self.drawn < sampling.max_tokens:
+            if self.drawn < len(request.resume):
+                position, token = len(request.prompt) + self.drawn, request.resume[self.drawn]
+                self.drawn += 1
+                yield TokenEvent(position, token)
+                continue
             await self._turn()
             if self.cancelled:
                 yield EndEvent("cancelled")
@@ -241,10 +246,10 @@ class FakeService:
     async def tokenizer(self, model: ModelId) -> Tokenizer:
         return self._tokenizer
 
-    async def check_grammar(self, model: ModelId, grammar: str) -> None:
+    async def check_grammar(self, model: ModelId, grammar: str, drawn: tuple[int, ...] = ()) -> None:
         if not self.grammar:
             raise RequestError("this model's tokenizer is of another kind", code="unsupported_parameter")
-        await asyncio.to_thread(vocabulary_of(self._tokenizer).start, grammar)
+        await asyncio.to_thread(vocabulary_of(self._tokenizer).check, grammar, drawn)
 
     async def open(self, request: GenerationRequest) -> FakeGeneration:
         if self.refuse:

@@ -175,12 +175,15 @@ class Session:
         rng: random.Random,
         now: float,
         config: SessionConfig | None = None,
+        *,
+        cause: str = "restarted",
+        kept_by: str = "disk",
     ) -> Session:
-        """Go on, after ``start``, with what was written down before all that knew it stopped.  ``counter``: of the
+        """Go on, after ``start``, with what was kept elsewhere when all that knew it stopped.  ``counter``: of the
         epoch that it was in."""
         made = cls(session, me, request, rng, now, config)
         made.epoch, made._ends_at = (counter, me), now + left_s
-        made._incident = _Incident("restarted", -1, "disk", now)
+        made._incident = _Incident(cause, -1, kept_by, now)
         made._take(drawn)
         return made
 

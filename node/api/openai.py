@@ -81,6 +81,7 @@ async def chat_call(
     logprobs = params.chat_logprobs(body.logprobs, body.top_logprobs)
     check = partial(api.service.check_grammar, model.id)
     structure = await structure_of(body.response_format, body.tools, body.tool_choice, check)
+    resume = await _resumed(api, request, body, model, structure.grammar)
     sampling = _sampling(api, request, body, model, tokenizer, logprobs=logprobs, grammar=structure.grammar)
     text = await chat_text(tokenizer, body.messages, body, list(structure.tools))
     await _check_length(tokenizer, text, model, param="messages")
@@ -88,7 +89,7 @@ async def chat_call(
     wanted = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     param = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
     limit = params.fit(len(ids), wanted, api.settings.default_max_tokens, model, param=param)
-    base = _base_request(context, request, raw, body, model, sampling, form)
+    base = _base_request(context, request, raw, body, model, sampling, form, resume)
     requests = _choices(base, tuple(ids), limit, body.n or 1, first=0)
     choices = tuple(Choice(at, each) for at, each in enumerate(requests))
     return known_whole(Call(choices, len(ids), tokenizer, structure))
@@ -107,10 +108,11 @@ async def completion_call(
     logprobs = params.completion_logprobs(body.logprobs)
     check = partial(api.service.check_grammar, model.id)
     structure = await structure_of(body.response_format, None, None, check)
+    resume = await _resumed(api, request, body, model, structure.grammar)
     n, echo = body.n or 1, bool(body.echo)
     prompts = params.prompts_of(body.prompt, model.vocab_size, max(1, MAX_PROMPTS // max(1, n)))
     sampling = _sampling(api, request, body, model, tokenizer, logprobs=logprobs, grammar=structure.grammar)
-    base = _base_request(context, request, raw, body, model, sampling, "completion")
+    base = _base_request(context, request, raw, body, model, sampling, "completion", resume)
     base = msgspec.structs.replace(base, echo=echo, prompt_logprobs=logprobs if echo else -1)
     nothing = body.max_tokens == 0 and echo  # score the prompt only: draw one token and do not show it
     for prompt in prompts:
@@ -211,6 +213,7 @@ def _base_request(
     model: ModelInfo,
     sampling: SamplingParams,
     form: Form,
+    resume: tuple[int, ...],
 ) -> GenerationRequest:
     """What all choices share; prompt, max_tokens, seed and session differ."""
     extras, options = params.mesh_extras(body.mesh), body.stream_options
@@ -231,8 +234,10 @@ def _base_request(
         caller=context.caller.id,
         trace=context.trace,
         idempotency_key=_idempotency_key(request),
-        body_hash=hashlib.sha256(raw).hexdigest(),
+        body_hash=_hash(raw),
         form=form,
+        return_tokens=extras.return_tokens,
+        resume=resume,
         stream=bool(body.stream),
         include_usage=bool(options and options.include_usage),
         response_id=ID_PREFIXES[form] + context.session,
@@ -241,10 +246,31 @@ def _base_request(
     )
 
 
+async def _resumed(
+    api: Api, request: web.Request, body: GenerationBody, model: ModelInfo, grammar: str
+) -> tuple[int, ...]:
+    """The tokens to go on after, once it is known that they can be of this request; how many may be depends on the
+    prompt (``_choices``)."""
+    tokens = params.resumed(body, model, keyed=bool(_idempotency_key(request)))
+    if tokens and grammar:
+        await api.service.check_grammar(model.id, grammar, tokens)
+    return tokens
+
+
+def _hash(raw: bytes) -> str:
+    """What a repeat under the same idempotency key has in common with ``raw``: all but the tokens it resumes with."""
+    body = read_object(raw)
+    mesh = body.get("mesh")
+    if isinstance(mesh, dict):
+        mesh.pop("resume_tokens", None)
+    return hashlib.sha256(msgspec.json.encode(body, order="sorted")).hexdigest()
+
+
 def _choices(
     base: GenerationRequest, prompt: tuple[int, ...], max_tokens: int, n: int, *, first: int
 ) -> list[GenerationRequest]:
     """n choices of one prompt, each drawing with a seed of its own."""
+    params.check_resumed(len(base.resume), max_tokens, first + n)
     made = []
     for at in range(n):
         seed = (base.sampling.seed + at) % 2**64

@@ -18,6 +18,7 @@ MAX_LOGPROBS = 20
 MAX_BIASES = 1_024
 MAX_TIMEOUT_S = 86_400.0
 MAX_RETRIES = 100
+RESUME = "mesh.resume_tokens"
 BALANCES = ("round_robin", "least_connections", "weighted", "memory", "latency", "prefix_affinity")
 
 RANGES: dict[str, tuple[float, float]] = {
@@ -42,6 +43,7 @@ class MeshExtras(msgspec.Struct, frozen=True):
     balance: str = ""
     allowed_nodes: tuple[str, ...] = ()
     max_layers: int = 0
+    return_tokens: bool = False
 
 
 def sampling_of(
@@ -63,7 +65,7 @@ def sampling_of(
         repetition_penalty=1.0 if body.repetition_penalty is None else body.repetition_penalty,
         logit_bias=_bias(body.logit_bias or {}, model),
         seed=seed % 2**64,
-        stop_token_ids=tuple(dict.fromkeys((*stop_ids, *_token_ids(body.stop_token_ids or [], model)))),
+        stop_token_ids=tuple(dict.fromkeys((*stop_ids, *_token_ids(body.stop_token_ids, model, "stop_token_ids")))),
         min_tokens=body.min_tokens or 0,
         logprobs=logprobs,
         grammar=grammar,
@@ -92,6 +94,8 @@ def check_ranges(body: GenerationBody) -> None:
         raise RequestError("best_of is not supported", param="best_of", code="unsupported_parameter")
     if body.stream_options is not None and not body.stream:
         raise RequestError("stream_options needs stream: true", param="stream_options", code="invalid_request")
+    if body.mesh is not None and body.mesh.return_tokens and not body.stream:
+        raise RequestError("mesh.return_tokens needs stream: true", param="mesh.return_tokens", code="invalid_request")
 
 
 def _bias(wanted: dict[str, float], model: ModelInfo) -> dict[int, float]:
@@ -113,15 +117,43 @@ def _bias(wanted: dict[str, float], model: ModelInfo) -> dict[int, float]:
     return bias
 
 
-def _token_ids(ids: list[int], model: ModelInfo) -> list[int]:
-    for token in ids:
+def _token_ids(ids: list[int] | None, model: ModelInfo, param: str) -> tuple[int, ...]:
+    for token in ids or ():
         if not 0 <= token < model.vocab_size:
             raise RequestError(
-                f"stop_token_ids: {token} is no token id below {model.vocab_size}",
-                param="stop_token_ids",
-                code="invalid_token",
+                f"{param}: {token} is no token id below {model.vocab_size}", param=param, code="invalid_token"
             )
-    return ids
+    return tuple(ids or ())
+
+
+def resumed(body: GenerationBody, model: ModelInfo, *, keyed: bool) -> tuple[int, ...]:
+    """``mesh.resume_tokens``, but for their number, which ``check_resumed`` looks at.  ``keyed``: the seed follows from
+    an idempotency key."""
+    tokens = _token_ids(body.mesh.resume_tokens if body.mesh else None, model, RESUME)
+    if tokens and body.seed is None and body.temperature != 0 and not keyed:
+        raise RequestError(
+            f"{RESUME} needs the seed (or the Idempotency-Key) that they were drawn with: with another one the text "
+            "would not go on as it did",
+            param="seed",
+            code="invalid_request",
+        )
+    return tokens
+
+
+def check_resumed(tokens: int, max_tokens: int, choices: int) -> None:
+    """RequestError where so many resumed tokens cannot be those of one choice of ``max_tokens``."""
+    if tokens and choices > 1:
+        raise RequestError(
+            f"{RESUME} goes on with one choice of one prompt: ask for each on its own",
+            param=RESUME,
+            code="out_of_range",
+        )
+    if tokens > max_tokens:
+        raise RequestError(
+            f"{RESUME} holds {tokens} tokens, which count towards max_tokens, and that is {max_tokens}",
+            param=RESUME,
+            code="out_of_range",
+        )
 
 
 def stops_of(stop: str | list[str] | None) -> tuple[str, ...]:
@@ -189,7 +221,8 @@ def mesh_extras(options: MeshOptions | None, headers_priority: Priority = "norma
     limit = options.max_layers or 0
     if limit < 0:
         raise RequestError("mesh.max_layers must be at least 1", param="mesh.max_layers", code="out_of_range")
-    return MeshExtras(options.priority or headers_priority, timeout, retries, options.balance or "", nodes, limit)
+    priority, tokens = options.priority or headers_priority, bool(options.return_tokens)
+    return MeshExtras(priority, timeout, retries, options.balance or "", nodes, limit, tokens)
 
 
 def chat_logprobs(logprobs: bool | None, top_logprobs: int | None) -> int:

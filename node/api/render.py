@@ -46,9 +46,21 @@ class _Base:
         self._call, self._top = call, first.sampling.logprobs
         self._head = {"id": first.response_id, "object": object_, "created": first.created, "model": first.model}
         self._null_usage = {"usage": None} if first.include_usage else {}
+        self._ids: dict[int, list[int]] | None = {} if first.return_tokens else None
+        """By choice, the tokens since its last chunk."""
 
     def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {**self._head, "choices": choices, **self._null_usage}
+
+    def _with_tokens(self, delta: Delta, made: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The chunks ``made`` of ``delta``, the first with what another mesh would need to go on after it."""
+        if self._ids is None:
+            return made
+        self._ids.setdefault(delta.choice, []).extend(delta.ids)
+        if made and self._ids[delta.choice]:
+            seed = self._call.choices[delta.choice].request.sampling.seed
+            made[0]["mesh"] = {"tokens": self._ids.pop(delta.choice), "seed": seed}
+        return made
 
     def closing(self, run: Run) -> list[dict[str, Any]]:
         if not self._call.first.include_usage:
@@ -75,7 +87,7 @@ class ChatRender(_Base):
         made += [self._choice(delta.choice, {"tool_calls": [piece.as_delta()]}) for piece in delta.calls]
         if delta.finish is not None:
             made.append(self._choice(delta.choice, {}, finish=delta.finish))
-        return made
+        return self._with_tokens(delta, made)
 
     def _choice(
         self, choice: int, delta: dict[str, Any], *, finish: str | None = None, logprobs: Any = None
@@ -122,7 +134,7 @@ class CompletionRender(_Base):
             made.append(self._chunk([self._choice(delta.choice, text, entries, None)]))
         if delta.finish is not None:
             made.append(self._chunk([self._choice(delta.choice, "", None, delta.finish)]))
-        return made
+        return self._with_tokens(delta, made)
 
     def whole(self, deltas: Iterable[Delta], run: Run) -> dict[str, Any]:
         by_choice = grouped(deltas, len(self._call.choices))

@@ -40,6 +40,13 @@ def as_chat(raw: dict[str, Any]) -> ChatBody:
         if raw.get(name):
             raise RequestError(f"{name} is not supported", param=name, code="unsupported_parameter")
     body = read_body(ResponsesBody, raw)
+    for name in ("return_tokens", "resume_tokens"):
+        if body.mesh is not None and getattr(body.mesh, name):
+            raise RequestError(
+                f"mesh.{name} is not supported here: use /v1/chat/completions or /v1/completions",
+                param=f"mesh.{name}",
+                code="unsupported_parameter",
+            )
     messages: list[dict[str, Any]] = []
     if body.instructions:
         messages.append({"role": "system", "content": body.instructions})

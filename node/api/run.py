@@ -71,6 +71,8 @@ class Delta(msgspec.Struct, frozen=True):
     """Tokens and characters of this choice so far: the event's id."""
     finish: str | None = None
     calls: tuple[CallPiece, ...] = ()
+    ids: tuple[int, ...] = ()
+    """The token, where it was one that came."""
     prompt: tuple[tuple[float, Top], ...] | None = None
     """Log-probabilities of the prompt from its second token on; once, first of all."""
 
@@ -94,6 +96,7 @@ class _State:
         self._prompt: list[tuple[float, Top]] = []
         self._prompt_due = request.prompt_logprobs >= 0
         self._offset = 0
+        self._ids: tuple[int, ...] = ()
         self.finish: str | None = None
         self.count = 0
 
@@ -107,7 +110,7 @@ class _State:
             return self._end(event)
         if self._choice.discard:
             return None
-        self.count += 1
+        self.count, self._ids = self.count + 1, (event.token,)
         text = self._text.push(event.token)
         if self._choice.request.sampling.logprobs >= 0:
             self._waiting.append(event)
@@ -119,6 +122,7 @@ class _State:
     def _end(self, event: EndEvent) -> Delta:
         if event.reason == "cancelled":
             raise _cancelled(self.count)
+        self._ids = ()
         return self._last(self._text.end(), event.reason)
 
     def _last(self, text: str, reason: str) -> Delta:
@@ -139,7 +143,9 @@ class _State:
             prompt, self._prompt_due = (*self._prompt, *[(0.0, ())] * lost), False
         if flush:
             tokens, self._waiting = tuple(self._waiting), []
-        return Delta(self._choice.index, text, tokens, self.count, self._offset, finish, tuple(calls), prompt)
+        return Delta(
+            self._choice.index, text, tokens, self.count, self._offset, finish, tuple(calls), self._ids, prompt
+        )
 
 
 class Run:
@@ -262,7 +268,7 @@ class Run:
         self.cached_tokens += generation.cached_tokens
         telemetry = self._api.telemetry
         telemetry.prompt_tokens.inc(len(choice.request.prompt))
-        telemetry.generation_tokens.inc(state.count)
+        telemetry.generation_tokens.inc(max(0, state.count - len(choice.request.resume)))
         telemetry.success.labels(state.finish).inc()
 
 

@@ -56,6 +56,10 @@ class MeshOptions(msgspec.Struct, kw_only=True):
     balance: str | None = None
     allowed_nodes: list[str] | None = None
     max_layers: int | None = None
+    return_tokens: bool | None = None
+    """Chunks of the stream name the tokens that they are made of, and the seed."""
+    resume_tokens: list[int] | None = None
+    """Tokens that were drawn for this very request before all that knew it were lost: go on after them."""
 
 
 class GenerationBody(msgspec.Struct, kw_only=True):

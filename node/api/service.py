@@ -75,6 +75,11 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     """... and the tokens of all its prompts."""
     discard: bool = False
     """The one token that is drawn is not shown: only the prompt is scored."""
+    return_tokens: bool = False
+    """Chunks of the stream name their tokens."""
+    resume: tuple[int, ...] = ()
+    """Drawn before this session, by one that is lost: begin after them.  Opening only; the journal has them among
+    its tokens."""
     tool_mode: str = "none"
     tool_names: tuple[str, ...] = ()
     follows: bool = False
@@ -175,8 +180,9 @@ class Service(Protocol):
         """Loaded off the loop on first use.  NoRoute where its files are not here yet."""
         ...
 
-    async def check_grammar(self, model: ModelId, grammar: str) -> None:
-        """RequestError where ``SamplingParams.grammar`` cannot be this one: says why.  Off the loop."""
+    async def check_grammar(self, model: ModelId, grammar: str, drawn: tuple[int, ...] = ()) -> None:
+        """RequestError where ``SamplingParams.grammar`` cannot be this one, or allows no text that begins with
+        ``drawn``: says why.  Off the loop."""
         ...
 
     # -- generations -------------------------------------------------------------------------------------------

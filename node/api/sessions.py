@@ -37,13 +37,13 @@ def known_whole(call: Call) -> Call:
 async def answer(request: web.Request, call: Call) -> web.StreamResponse:
     """A new request, or under an idempotency key that is known the one that runs (or ran) already.
 
-    With ``Last-Event-ID`` only the rest is sent, for a client whose session was lost with all that knew it: under the
-    same key and seed the same tokens are drawn again.
+    With ``Last-Event-ID`` only the rest is sent, for a client whose session was lost with all that knew it: the tokens
+    before are those that it resumes with, or the same ones drawn again under the same key and seed.
     """
     api, context, first = request.app[API], request[CONTEXT], call.first
+    has = parse_event_ids(request.headers.get("Last-Event-ID", "")) if first.idempotency_key or first.resume else {}
     if not first.idempotency_key:
-        return await respond(request, call)
-    has = parse_event_ids(request.headers.get("Last-Event-ID", ""))
+        return await respond(request, call, has=has)
     session = await api.service.claim(first)
     if session == first.session:
         return await respond(request, call, has=has)
@@ -65,9 +65,10 @@ async def _attach_known(api: Api, context: Context, call: Call, session: str, at
         reader = await api.service.attach(name, context.caller, 0.0 if attached or each.index else PATIENCE_S)
         if reader is not None:
             attached[each.index] = reader
-            # The answer's id and time are those of the first time; whether it is streamed is asked anew.
-            again = {"stream": each.request.stream, "include_usage": each.request.include_usage}
-            made = msgspec.structs.replace(reader.request, **again)
+            # The answer's id and time are those of the first time; how it is streamed is asked anew.
+            asked = each.request
+            again = {"include_usage": asked.include_usage, "return_tokens": asked.return_tokens}
+            made = msgspec.structs.replace(reader.request, stream=asked.stream, **again)
         else:
             made = msgspec.structs.replace(each.request, session=name)
         choices.append(msgspec.structs.replace(each, request=made))

@@ -67,6 +67,19 @@ class Vocabulary:
         """
         return Allowed(self._matcher(grammar), self._eos_ids, self._never)
 
+    def check(self, grammar: str, drawn: Sequence[int] = ()) -> None:
+        """RequestError: as of ``start``, or ``drawn`` begins no text under ``grammar``."""
+        allowed = self.start(grammar)
+        if not drawn:
+            return
+        try:
+            mask = allowed.after(drawn[:-1])
+        except DeadEnd as error:
+            raise _not_so(str(error)) from error
+        last = drawn[-1]
+        if last >> 3 >= len(mask) or not mask[last >> 3] >> (last & 7) & 1:
+            raise _not_so(f"token {last} may not follow the {len(drawn) - 1} before it")
+
     def _matcher(self, grammar: str) -> LLMatcher:
         from llguidance import LLMatcher
 
@@ -153,6 +166,14 @@ def _only(mask: bytearray) -> int | None:
 
 def _unusable(why: str) -> RequestError:
     return RequestError(f"the grammar cannot be enforced: {_short(why)}", code="invalid_schema")
+
+
+def _not_so(why: str) -> RequestError:
+    return RequestError(
+        f"mesh.resume_tokens cannot have been drawn under this structured output: {why}",
+        param="mesh.resume_tokens",
+        code="invalid_token",
+    )
 
 
 def _short(error: object) -> str:

@@ -164,8 +164,26 @@ async def test_a_session_that_nobody_knows_any_more_is_run_again_under_its_key(t
             if stream.progress.event_ids.get(0, "").startswith("0:4:") and two[0].service.live:
                 two[0].kill()
     assert "".join(piece.text for piece in pieces) == REPLY
-    keys = {each.service.opened[0].request.idempotency_key for each in two}
-    assert len(keys) == 1
+    before, after = (each.service.opened[0].request for each in two)
+    assert (before.idempotency_key, before.sampling.seed) == (after.idempotency_key, after.sampling.seed)
+    assert after.resume == tuple(make_tokenizer().encode(REPLY, special=False)[:4]), "what came is not drawn again"
+    assert stream.progress.tokens == [*make_tokenizer().encode(REPLY, special=False), 1]
+
+
+@pytest.mark.parametrize("more", [{"n": 2}, {"mesh": {"class": "batch"}}])
+async def test_several_choices_and_batch_are_run_again_whole(two: Two, more: dict[str, object]) -> None:
+    two[0].service.hold_after = 4
+    async with client(two[0]) as mesh:
+        mesh.nodes.learn([two[1].url], two[0].url)
+        mesh.nodes.began(two[1].url)
+        stream = await mesh.chat(HI, stream=True, **more)
+        texts = {0: "", 1: ""}
+        async for piece in stream:
+            texts[piece.index] += piece.text
+            if stream.progress.event_ids.get(0, "").startswith("0:4:") and two[0].service.live:
+                two[0].kill()
+    assert texts == {0: REPLY, 1: REPLY if "n" in more else ""}
+    assert all(each.request.resume == () for each in two[1].service.opened)
 
 
 async def test_a_whole_answer_survives_too(two: Two) -> None:

@@ -496,6 +496,43 @@ async def test_an_adopted_session_is_read_from_its_first_token_on(world: World) 
     assert [event.token for event in await rest(generation) if isinstance(event, TokenEvent)] == [30, 31, 32, STOP]
 
 
+async def test_a_resubmitted_session_begins_after_the_tokens_it_brings(world: World) -> None:
+    opening = asyncio.create_task(world.entry.open(request(resume=(30, 31))))
+    await asyncio.sleep(0)
+    asked = [send.message for send in world.posted]
+    assert [(x.accepted, x.drawn, x.left_s) for x in asked] == [(len(PROMPT) + 2, (30, 31), 600.0)] * 2
+    kept = msgspec.msgpack.decode(asked[0].request.form, type=GenerationRequest)
+    assert kept == request(), "the journal has them among its tokens, not twice"
+    world.answer_opens()
+    generation = await opening
+    world.draw(generation, 32, 33)
+    events = await rest(generation)
+    assert [(event.position, event.token) for event in events[:-1]] == [(6, 30), (7, 31), (8, 32), (9, 33)]
+    assert events[-1] == EndEvent("length"), "they count towards max_tokens"
+    assert [(r.cause, r.hop, r.detected_by) for r in generation.recoveries] == [("resubmitted", "owner", "client")]
+
+
+async def test_a_resubmitted_session_that_lacks_nothing_ends_at_once(world: World) -> None:
+    for name, drawn, reason in (("s", (30, STOP), "stop"), ("t", (30, 31, 32, 33), "length")):
+        generation = await world.open(request(name, resume=drawn))
+        events = await rest(generation)
+        assert [event.token for event in events[:-1]] == list(drawn)
+        assert events[-1] == EndEvent(reason)
+
+
+async def test_a_resubmitted_session_waits_for_layers_that_nobody_holds_yet(world: World) -> None:
+    whole, world.seen = world.seen, view(member("a", (0, 4)))
+    opening = asyncio.create_task(world.entry.open(request(resume=(30,))))
+    await asyncio.sleep(0)
+    (waiting_one,) = world.entry.sessions()
+    assert not opening.done()
+    assert world.posted == []
+    world.seen, world.now = whole, world.now + 5.0
+    waiting_one.step(waiting_one.session.tick(world.now))
+    assert world.answer_opens() == ["a", "b"]
+    assert (await opening) is waiting_one
+
+
 async def test_what_is_owned_here_is_not_adopted_again(world: World) -> None:
     generation = await world.open()
     world.entry.adopt(adoption())
