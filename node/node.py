@@ -193,10 +193,14 @@ class Node:
             seeds = self._booted.seeds
             # Before the door opens: peers that remember this node write to it at once, and joining comes first.
             self.peers.gossip.cast(lambda core, now: core.join(seeds, now))
-            await self.peers.start(tcp, udp)
-            await api.start(self._api_tls())
-            self._write_runtime(api.port)
-            await self.durable.load()
+            try:
+                await self.peers.start(tcp, udp)
+                await api.start(self._api_tls())
+                self._write_runtime(api.port)
+                await self.durable.load()
+            except BaseException:
+                await self.peers.stop()
+                raise
             running = [self._spawn(part) for part in self._parts()]
             try:
                 await self._stop.wait()

@@ -318,7 +318,7 @@ def test_a_mesh_at_an_address_of_another_stays_another(pair: Mesh, mesh: Mesh) -
 
 def test_a_voter_that_dies_is_replaced_ends(mesh: Mesh) -> None:
     (victim,) = (node for node in mesh.nodes if node.process is not None and node.process.poll() == -9)
-    me = identity(victim)
+    me = next(m["id"] for m in mesh.ask(mesh.coordinator())["members"] if m["name"] == victim.name)
     mesh.until(lambda: mesh.agree(voters=3) and me not in mesh.ask(mesh.running()[0])["voters"], "a substitute")
     victim.start()
     mesh.until(mesh.agree, "it to come back")
