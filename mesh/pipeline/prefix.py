@@ -175,8 +175,8 @@ class Prefix:
         self.length = min(self.length, length)
 
     def _keeps(self, index: int) -> bool:
-        """Not without its rows: whoever began behind it could not help the hop behind."""
-        return self._checkpoints is None or index * self._pages.size >= self._checkpoints.start
+        """Not without its rows (in memory): whoever began behind it could not help the hop behind."""
+        return self._checkpoints is None or index * self._pages.size >= self._checkpoints.warm
 
     def _rows(self, start: int) -> memoryview | None:
         if self._checkpoints is None:

@@ -25,12 +25,13 @@ import msgspec
 from mesh.core import Effect, Emit, Rejected, Send
 from mesh.pipeline import messages as m
 from mesh.pipeline.arrivals import Arrival, Arrivals, ArrivalsConfig
-from mesh.pipeline.checkpoints import Checkpoints, Segment
+from mesh.pipeline.checkpoints import Checkpoints, Ledger, Segment
 from mesh.pipeline.early import EarlyFrames
 from mesh.pipeline.journal import Journal, JournalConfig, Journals
+from mesh.pipeline.keeping import Keeper
 from mesh.pipeline.preemption import victims
 from mesh.pipeline.prefix import PAGE, Pages, Prefix
-from mesh.pipeline.work import Compute, Computed, Export, FetchPlacement, Free, Reserve, Truncate
+from mesh.pipeline.work import Compute, Computed, Export, FetchPlacement, Free, Reserve, Truncate, Unspill
 from mesh.types import Hop, LayerSpan, NodeId, SamplingParams
 
 
@@ -40,7 +41,9 @@ class StageConfig(msgspec.Struct, frozen=True):
     lease_s: float = 60.0
     """A session that its owner has not renewed for this long is freed, where no journal of it is held."""
     checkpoint_bytes: int = 1 << 30
-    """Host memory for checkpointed activations; beyond it shared pages are given up, then the oldest session's."""
+    """Host memory for checkpointed activations; beyond it shared pages are given up, then rows go to the disk ..."""
+    checkpoint_disk: int = 0
+    """... where they may take so many bytes; beyond that the oldest session's are dropped."""
     held_frames: int = 4096
     held_bytes: int = 64 << 20
     """Frames that arrived before the Open of their epoch wait in these bounds ..."""
@@ -56,7 +59,7 @@ class StageConfig(msgspec.Struct, frozen=True):
 class _Hop:
     """One session at this hop."""
 
-    def __init__(self, message: m.Open, journal: Journal | None, now: float, pages: Pages) -> None:
+    def __init__(self, message: m.Open, journal: Journal | None, now: float, pages: Pages, ledger: Ledger) -> None:
         self.key = ""
         """Of its sequence in the engine; empty: it is parked ..."""
         self.room = 0
@@ -67,7 +70,9 @@ class _Hop:
         self.sent: int | None = None
         self.acked = 0
         self.asked = -1
-        self.checkpoints = Checkpoints()
+        self.reading = 0
+        """The piece on the disk that is read to be sent; 0: none."""
+        self.checkpoints = Checkpoints(ledger)
         self.prefix = Prefix(pages, _span(message), "", 0, None)
         self.scores: dict[int, tuple[float, tuple[tuple[int, float], ...]]] = {}
         """Position -> (logprob, top) of the tokens drawn here that the owner may not have yet, in order."""
@@ -145,8 +150,7 @@ class StageCore:
         self.me = me
         self.config = config or StageConfig()
         self.placement_id: m.PlacementId = (0, 0)
-        self.checkpoint_bytes = 0
-        self.checkpoints_dropped = 0
+        self.keeper = Keeper(self.config.checkpoint_bytes, self.config.checkpoint_disk)
         self.pages = Pages(self.config.page)
         self.preemptions = 0
         """Sessions that were parked for others of a higher class."""
@@ -183,8 +187,13 @@ class StageCore:
         return [(session, hop.open, hop.done) for session, hop in self._sessions.items()]
 
     @property
+    def checkpoint_bytes(self) -> int:
+        """Checkpointed rows of sessions, in memory ..."""
+        return self.keeper.ledger.memory
+
+    @property
     def held_bytes(self) -> int:
-        """Checkpointed rows of sessions and of shared pages."""
+        """... and with those of shared pages."""
         return self.checkpoint_bytes + self.pages.row_bytes
 
     # -- verbs ---------------------------------------------------------------------------------------------------------
@@ -211,6 +220,9 @@ class StageCore:
         return [Send(hop.owner, m.Vacate(session, hop.epoch, hop.index)) for session, hop in going]
 
     def receive(self, message: m.ToStage, sender: NodeId, now: float) -> list[Effect]:
+        return [*self._receive(message, sender, now), *self._fit()]
+
+    def _receive(self, message: m.ToStage, sender: NodeId, now: float) -> list[Effect]:
         self._next_sweep = self._next_sweep or now + self.config.sweep_s
         if isinstance(message, m.Lease):
             return self._on_lease(message, sender, now)
@@ -241,17 +253,17 @@ class StageCore:
         """Free what nobody renewed, adopt what lost its owner, and forget frames whose Open never came."""
         effects = [*self.journals.tick(now), *self.arrivals.tick(now)]
         if self._next_sweep is None or now < self._next_sweep:
-            return effects
+            return [*effects, *self._fit()]
         for session, hop in list(self._sessions.items()):
             if hop.journal is None and now - hop.lease_from > self.config.lease_s:
                 effects += self._free(session)
         self._early.forget(now - self.config.held_s)
         self._next_sweep = now + self.config.sweep_s if self._sessions or self._early else None
-        return effects
+        return [*effects, *self._fit()]
 
     def lost(self, node: NodeId, cause: str, now: float) -> list[Effect]:
         """A connection to ``node`` was reset and could not be made again, or gossip holds it dead."""
-        return self.journals.lost(node, cause, now)
+        return [*self.journals.lost(node, cause, now), *self._fit()]
 
     def reserved(self, key: str, now: float, page_bytes: int = 0, room: int = 0) -> list[Effect]:
         """The driver's answer to ``Reserve``: there is room, of which ``room`` bytes are taken.  ``page_bytes``: of a
@@ -262,13 +274,14 @@ class StageCore:
             return arriving if arriving is not None else [Emit(Free(key))]
         hop = self._sessions.get(message.session)
         if hop is None:
-            hop = self._sessions[message.session] = _Hop(message, self._journal_of(message, now), now, self.pages)
+            journal = self._journal_of(message, now)
+            hop = self._sessions[message.session] = _Hop(message, journal, now, self.pages, self.keeper.ledger)
         else:  # it was parked: its checkpoints are good as far as its tokens are
             hop.follow(message, self._journal_of(message, now), now)
             self._trim(hop, message.accepted)
         hop.take_room(key, room, self.pages, page_bytes)
         self._keys[key] = message.session
-        return [*self._begin(hop, taken), *self._opened(message.session, hop, now)]
+        return [*self._begin(hop, taken), *self._opened(message.session, hop, now), *self._fit()]
 
     def evict(self, bytes_: int) -> list[Effect]:
         """The engine needs so many bytes of what shared pages take."""
@@ -303,7 +316,7 @@ class StageCore:
                 effects += self._rewind(session, hop)
             elif result.tag == hop.tag:
                 effects += self._on_computed(session, hop, result)
-        return [*effects, *self._keep_budget()]
+        return [*effects, *self._fit()]
 
     # -- opening, resuming, freeing ------------------------------------------------------------------------------------
 
@@ -444,16 +457,13 @@ class StageCore:
         before all that it is to score."""
         if taken is not None:
             hop.start_from(*taken)
-            self.checkpoint_bytes += hop.checkpoints.bytes
             return []
         most = hop.open.accepted
         if hop.last:
             assert hop.journal is not None
             most = 0 if hop.journal.request.prompt_logprobs else most - 1
-        self.checkpoint_bytes -= hop.checkpoints.bytes
         effects = hop.prefix.take(most)
         hop.submitted = hop.done = hop.prefix.length
-        self.checkpoint_bytes += hop.checkpoints.bytes
         return effects
 
     def _stop_reserving(self, session: m.SessionId, epoch: m.Epoch) -> None:
@@ -498,7 +508,7 @@ class StageCore:
         if hop is not None and hop.epoch == message.epoch:
             hop.prefix.chain = message.chain
             effects += hop.prefix.keep(hop.done)
-        return [*effects, *self._free(message.session), *self._keep_budget()]
+        return [*effects, *self._free(message.session)]
 
     def _on_lease(self, message: m.Lease, sender: NodeId, now: float) -> list[Effect]:
         effects: list[Effect] = []
@@ -526,7 +536,7 @@ class StageCore:
         hop = self._sessions.pop(session, None)
         if hop is None:
             return []
-        self.checkpoint_bytes -= hop.checkpoints.drop()
+        hop.checkpoints.drop()
         return self._give_up_room(hop)
 
     # -- parking -------------------------------------------------------------------------------------------------------
@@ -627,7 +637,6 @@ class StageCore:
         if own.end > hop.checkpoints.end:  # what is computed again after parking may be kept already
             own = own.slice(max(own.start, hop.checkpoints.end), own.end)
             hop.checkpoints.append(own)
-            self.checkpoint_bytes += len(own.payload)
         return [*hop.prefix.keep(hop.done), *self._flush(session, hop)]
 
     def _rewind(self, session: m.SessionId, hop: _Hop) -> list[Effect]:
@@ -636,11 +645,31 @@ class StageCore:
 
     def _flush(self, session: m.SessionId, hop: _Hop) -> list[Effect]:
         """Send what is known and the hop behind does not have yet."""
-        if hop.sent is None or hop.sent >= hop.checkpoints.end:
+        held, first = hop.checkpoints, hop.sent
+        if first is None or first >= held.end:
             return []
-        pieces = hop.checkpoints.read(hop.sent)
-        hop.sent = hop.checkpoints.end
-        return [Send(hop.behind, m.Forward(session, hop.epoch, p.start, p.n, p.payload)) for p in pieces]
+        if first < held.start:
+            # The budgets took them: compute them again from what the hop before kept, at worst from the tokens.
+            self._trim(hop, first)
+            return [*self._cut(hop, min(first, hop.done)), *self._want(session, hop)]
+        if first < held.warm:
+            return self._read_back(session, hop, first)
+        hop.sent = held.end
+        return [self._forward(session, hop, rows) for rows in held.read(first)]
+
+    @staticmethod
+    def _forward(session: m.SessionId, hop: _Hop, rows: Segment) -> Send:
+        return Send(hop.behind, m.Forward(session, hop.epoch, rows.start, rows.n, rows.payload))
+
+    @staticmethod
+    def _read_back(session: m.SessionId, hop: _Hop, first: int) -> list[Effect]:
+        """A piece at a time; what is asked for twice is read once."""
+        piece = hop.checkpoints.piece_of(first)
+        assert piece is not None
+        if hop.reading == piece.number:
+            return []
+        hop.reading = piece.number
+        return [Emit(Unspill(piece.number, session))]
 
     def _on_drawn(self, session: m.SessionId, hop: _Hop, result: Computed) -> list[Effect]:
         effects: list[Effect] = []
@@ -667,11 +696,7 @@ class StageCore:
             missing = tuple(hop.tokens[message.expected :])
             return [Send(sender, m.Feed(message.session, hop.epoch, message.expected, missing))] if missing else []
         hop.sent = message.expected
-        if message.expected >= hop.checkpoints.start:
-            return self._flush(message.session, hop)
-        # The budget took them: compute them again from what the hop before kept, at worst from the tokens.
-        self._trim(hop, message.expected)
-        return [*self._cut(hop, min(message.expected, hop.done)), *self._want(message.session, hop)]
+        return self._flush(message.session, hop)
 
     def _on_feed(self, hop: _Hop, message: m.Feed, sender: NodeId) -> list[Effect]:
         if not hop.first or sender != hop.before:
@@ -719,8 +744,18 @@ class StageCore:
         mine, (start, end) = _mine(hop.open), message.layers
         if not mine.start <= start < end <= mine.end or message.start < 0:
             return [Emit(Rejected(sender, "fetches pages of layers that are not computed here"))]
-        ask = Export(hop.key, hop.tag, sender, message.layers, message.start, hop.done)
-        return [Emit(ask)] if ask.start < ask.end else self.exported(ask, 0, memoryview(b""))
+        return self._export(message.session, hop, sender, message.layers, message.start)
+
+    def _export(self, session: m.SessionId, hop: _Hop, to: NodeId, layers: tuple[int, int], start: int) -> list[Effect]:
+        """Where the boundary's rows are on the disk they are read first, and go along."""
+        ask = Export(hop.key, hop.tag, to, layers, start, hop.done)
+        if ask.start >= ask.end:
+            return self.exported(ask, 0, memoryview(b""))
+        piece = hop.checkpoints.piece_of(start) if _ships_rows(hop, ask) else None
+        if piece is None:
+            return [Emit(ask)]
+        ask = msgspec.structs.replace(ask, end=min(ask.end, piece.end))
+        return [Emit(Unspill(piece.number, session, ask))]
 
     def exported(self, ask: Export, n: int, payload: memoryview) -> list[Effect]:
         """The driver's answer to ``Export``: ``n`` positions from ``ask.start`` on; 0: they cannot be read."""
@@ -730,21 +765,23 @@ class StageCore:
             hop is None or session is None or hop.tag != ask.tag
         ):  # cut meanwhile: if it is still wanted, it is asked for
             return []
-        same = ask.layers[1] == _mine(hop.open).end and not hop.last
-        rows = hop.checkpoints.rows(ask.start, ask.start + n) if same else memoryview(b"")
+        rows = ask.rows[: n * (len(ask.rows) // (ask.end - ask.start))] if ask.rows else memoryview(b"")
+        if n and not rows and _ships_rows(hop, ask) and ask.start >= hop.checkpoints.start:
+            rows = hop.checkpoints.rows(ask.start, ask.start + n)
+            if not rows:  # they went to the disk meanwhile
+                return self._export(session, hop, ask.to, ask.layers, ask.start)
         return [Send(ask.to, m.Pages(session, hop.epoch, ask.start, n, hop.done, payload, rows))]
 
     def spoiled(self, key: str) -> list[Effect]:
         """The driver's answer to an ``Import`` that cannot be done."""
         return self.arrivals.spoiled(key)
 
-    # -- rolling back, and the budget ----------------------------------------------------------------------------------
+    # -- rolling back, and the budgets ---------------------------------------------------------------------------------
 
-    def _trim(self, hop: _Hop, length: int) -> None:
+    @staticmethod
+    def _trim(hop: _Hop, length: int) -> None:
         """Keep the checkpoints of positions [0, length)."""
-        self.checkpoint_bytes -= hop.checkpoints.bytes
         hop.checkpoints.cut(length)
-        self.checkpoint_bytes += hop.checkpoints.bytes
         hop.prefix.cut(length)
 
     def _cut(self, hop: _Hop, length: int) -> list[Effect]:
@@ -753,16 +790,61 @@ class StageCore:
         hop.submitted = hop.done = length
         return [Emit(Truncate(hop.key, length))]
 
-    def _keep_budget(self) -> list[Effect]:
-        """Past the budget shared pages go, then the oldest sessions' rows: their recovery starts further upstream."""
+    def _fit(self) -> list[Effect]:
+        """After every verb the budgets hold: shared pages go first, then sessions' rows (mesh/pipeline/keeping.py)."""
         effects = self.pages.evict(row_bytes=self.held_bytes - self.config.checkpoint_bytes)
+        return [*effects, *self.keeper.fit(hop.checkpoints for hop in self._sessions.values())]
+
+    def spilled(self, number: int, kept: bool) -> list[Effect]:
+        """The driver's answer to ``Spill``; not ``kept``: the disk is full, or refuses."""
+        self.keeper.written(number)
+        if not kept:
+            self._lose(number)
+        return self._fit()
+
+    def unspilled(self, ask: Unspill, payload: memoryview | None) -> list[Effect]:
+        """The driver's answer to ``Unspill``; ``None``: it cannot be read."""
+        if payload is None:
+            self._lose(ask.number)
+        hop = self._sessions.get(ask.session)
+        effects: list[Effect] = []
+        if hop is not None and ask.then is not None:
+            effects = self._go_on_exporting(hop, ask.number, ask.then, payload)
+        elif hop is not None and hop.reading == ask.number:
+            hop.reading = 0
+            effects = self._go_on_sending(ask.session, hop, ask.number, payload)
+        return [*effects, *self._fit()]
+
+    def _go_on_sending(self, session: m.SessionId, hop: _Hop, number: int, payload: memoryview | None) -> list[Effect]:
+        """With what was read, where it is what comes next (still), and with whatever follows."""
+        piece = hop.checkpoints.piece_of(hop.sent) if hop.sent is not None else None
+        if payload is None or piece is None or piece.number != number:
+            return self._flush(session, hop)
+        assert hop.sent is not None
+        rows = piece.rows(payload, hop.sent)
+        hop.sent = rows.end
+        return [self._forward(session, hop, rows), *self._flush(session, hop)]
+
+    @staticmethod
+    def _go_on_exporting(hop: _Hop, number: int, ask: Export, payload: memoryview | None) -> list[Effect]:
+        piece = hop.checkpoints.piece_of(ask.start)
+        if (hop.key, hop.tag) != (ask.key, ask.tag):
+            return []
+        if payload is None or piece is None or piece.number != number:
+            return [Emit(ask)]
+        rows = piece.rows(payload, ask.start).slice(ask.start, ask.end)
+        return [Emit(msgspec.structs.replace(ask, rows=rows.payload))]
+
+    def _lose(self, number: int) -> None:
+        """Whoever has rows under ``number`` has none any more; a recovery starts further upstream."""
         for hop in self._sessions.values():
-            if self.held_bytes <= self.config.checkpoint_bytes:
-                break
-            freed = hop.checkpoints.drop()
-            self.checkpoint_bytes -= freed
-            self.checkpoints_dropped += bool(freed)
-        return effects
+            if hop.checkpoints.holds(number):
+                self.keeper.drop(hop.checkpoints)
+
+
+def _ships_rows(hop: _Hop, ask: Export) -> bool:
+    """What is fetched ends at the same boundary."""
+    return ask.layers[1] == _mine(hop.open).end and not hop.last
 
 
 def _span(message: m.Open | m.Prepare) -> LayerSpan:

@@ -112,6 +112,8 @@ class Export(msgspec.Struct, frozen=True):
     layers: tuple[int, int]
     start: int
     end: int
+    rows: memoryview = memoryview(b"")
+    """Of the boundary behind, from ``start`` on, where they had to be read from the disk."""
 
 
 class Import(msgspec.Struct, frozen=True):
@@ -121,3 +123,26 @@ class Import(msgspec.Struct, frozen=True):
     start: int
     n: int
     payload: memoryview
+
+
+class Spill(msgspec.Struct, frozen=True):
+    """Write these rows to the disk under ``number``, which names nothing else ever, then call ``StageCore.spilled``.
+    The disk answers ``Spill``, ``Unspill`` and ``Forget`` in the order in which it was asked."""
+
+    number: int
+    rows: tuple[memoryview, ...]
+
+
+class Unspill(msgspec.Struct, frozen=True):
+    """Read what was written under ``number``, then call ``StageCore.unspilled``."""
+
+    number: int
+    session: m.SessionId
+    then: Export | None = None
+    """What it is read for; ``None``: to be sent to the hop behind."""
+
+
+class Forget(msgspec.Struct, frozen=True):
+    """Nobody wants what was written under these numbers any more."""
+
+    numbers: tuple[int, ...]

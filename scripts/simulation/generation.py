@@ -32,6 +32,9 @@ def weathered(seed: int) -> dict[str, int]:
         "claims_contested": weather.counts["contested"],
         "clients_moved": sum(client.moves for client in weather.clients),
         "all_holders_killed": len(weather.lost),
+        "rows_spilled": weather.counts["spilled"],
+        "rows_replayed_from_disk": weather.counts["replayed from disk"],
+        "refused_by_disk": weather.counts["refused by disk"],
         **causes,
     }
 

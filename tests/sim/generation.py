@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import struct
 from collections import deque
-from typing import Any
+from typing import Any, NamedTuple
 
 from mesh.core import Effect, Emit, Send
 from mesh.pipeline import events as e
@@ -27,6 +27,14 @@ VOCABULARY = 97
 HEIR_S = 10.0
 ROW = 8
 MASK = (1 << 64) - 1
+
+
+class Keeps(NamedTuple):
+    """What a node may keep of checkpointed rows, in bytes, and how often its disk refuses."""
+
+    memory: int = 1 << 30
+    disk: int = 0
+    refuses: float = 0.0
 
 
 def _mix(*parts: int) -> int:
@@ -217,8 +225,48 @@ class FakeEngine:
         return t.Computed(work.key, work.tag, work.start, n, token=token)
 
 
+class FakeDisk:
+    """Does what it is asked in order, each ``step_s`` later; now and then it refuses."""
+
+    def __init__(self, rng: random.Random, refuses: float = 0.0, step_s: float = 0.02) -> None:
+        """``refuses``: how often a piece cannot be written, or not be read."""
+        self.rng, self.refuses, self.step_s = rng, refuses, step_s
+        self.pieces: dict[int, bytes] = {}
+        self.due: float | None = None
+        self.written = self.replayed = self.shipped = self.refused = 0
+        """Rows that were written, sent once they were read again, and read for a successor; and what was refused."""
+        self._asked: deque[t.Spill | t.Unspill | t.Forget] = deque()
+
+    def ask(self, event: t.Spill | t.Unspill | t.Forget, now: float) -> None:
+        self._asked.append(event)
+        self.due = self.due or now + self.step_s
+
+    def step(self, stage: StageCore, now: float) -> list[Effect]:
+        event = self._asked.popleft()
+        self.due = now + self.step_s if self._asked else None
+        if isinstance(event, t.Forget):
+            for number in event.numbers:
+                self.pieces.pop(number, None)
+            return []
+        refused = self.rng.random() < self.refuses
+        self.refused += refused
+        if isinstance(event, t.Spill):
+            assert event.number not in self.pieces
+            if not refused:
+                self.pieces[event.number] = b"".join(event.rows)
+                self.written += len(self.pieces[event.number]) // ROW
+            return stage.spilled(event.number, not refused)
+        read = None if refused else self.pieces.get(event.number)
+        effects = stage.unspilled(event, memoryview(read) if read is not None else None)
+        sent = [effect.message for effect in effects if isinstance(effect, Send)]
+        self.replayed += sum(message.n for message in sent if isinstance(message, m.Forward))
+        asked = [effect.event for effect in effects if isinstance(effect, Emit)]
+        self.shipped += sum(len(each.rows) // ROW for each in asked if isinstance(each, t.Export))
+        return effects
+
+
 class Peer:
-    """One node as the composition root wires it: sessions that it owns, a stage, an engine."""
+    """One node as the composition root wires it: sessions that it owns, a stage, an engine, a disk."""
 
     session_type: type[Session] = Session
     stage_type: type[StageCore] = StageCore
@@ -234,11 +282,16 @@ class Peer:
         step_s: float = 0.01,
         eager: bool = False,
         forgets: float = 0.0,
+        keeps: Keeps | None = None,
     ) -> None:
         """``nodes``: the whole mesh, of which witnesses are chosen; ``eager``: this node routes through itself."""
         self.me, self.rng, self.spans, self.nodes, self.eager = me, rng, spans, nodes, eager
-        self.stage = self.stage_type(me, StageConfig(page=PAGE))
+        keeps = keeps or Keeps()
+        self.stage = self.stage_type(
+            me, StageConfig(page=PAGE, checkpoint_bytes=keeps.memory, checkpoint_disk=keeps.disk)
+        )
         self.engine = FakeEngine(rng, slots, step_s, forgets=forgets)
+        self.disk = FakeDisk(rng, keeps.refuses)
         self.sessions: dict[str, Session] = {}
         self.streams: dict[str, list[int]] = {}
         """What each session has shown, from its first token on."""
@@ -258,8 +311,9 @@ class Peer:
     @property
     def deadline(self) -> float | None:
         first = self.stage.deadline
-        if (due := self.engine.due) is not None and (first is None or due < first):
-            first = due
+        for due in (self.engine.due, self.disk.due):
+            if due is not None and (first is None or due < first):
+                first = due
         for session in self.sessions.values():
             if (due := session.deadline) is not None and (first is None or due < first):
                 first = due
@@ -281,6 +335,8 @@ class Peer:
         effects = []
         if self.engine.due is not None and now >= self.engine.due:
             effects += self._staged(self.stage.computed(self.engine.step(now), now), now)
+        if self.disk.due is not None and now >= self.disk.due:
+            effects += self._staged(self.disk.step(self.stage, now), now)
         effects += self._staged(self.stage.tick(now), now)
         for name, session in list(self.sessions.items()):
             if session.deadline is not None and now >= session.deadline:
@@ -344,6 +400,8 @@ class Peer:
                 self.engine.free(event.key)
             elif isinstance(event, t.Export):
                 out += self._staged(self.stage.exported(event, *self.engine.export(event)), now)
+            elif isinstance(event, t.Spill | t.Unspill | t.Forget):
+                self.disk.ask(event, now)
             elif isinstance(event, t.Import):
                 self.engine.sequences[event.key][0].write(event.start, event.n, bytes(event.payload))
             elif isinstance(event, Adopt):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -11,10 +11,12 @@ from mesh.core import Effect
 from mesh.pipeline import messages as m
 from mesh.pipeline.checkpoints import Checkpoints, Segment
 from mesh.pipeline.journal import JournalConfig
+from mesh.pipeline.keeping import Keeper
 from mesh.pipeline.preemption import Holder
 from mesh.pipeline.prefix import Prefix
 from mesh.pipeline.session import Session
 from mesh.pipeline.stage import StageConfig, StageCore
+from mesh.pipeline.work import Forget, Unspill
 from mesh.types import Priority
 from tests.sim.generation import Peer
 
@@ -78,11 +80,36 @@ class Shifted(Checkpoints):
         return [Segment(piece.start + 1, piece.n, piece.payload) for piece in pieces]
 
 
+class UntrimmedOnDisk(Untrimmed):
+    """Trims what is in memory, and keeps what was rolled back on the disk."""
+
+    def cut(self, length: int) -> None:
+        Checkpoints.cut(self, max(length, self.warm))
+
+
+class AnyPiece(StageCore):
+    """What the disk answers is taken for what is wanted by now."""
+
+    def unspilled(self, ask: Unspill, payload: memoryview | None) -> list[Effect]:
+        hop = self._sessions.get(ask.session)
+        if hop is not None and hop.reading and ask.then is None:
+            ask = msgspec.structs.replace(ask, number=hop.reading)
+        return super().unspilled(ask, payload)
+
+
+class Hoarding(Keeper):
+    """The disk is never told of what nobody holds any more."""
+
+    def fit(self, boundaries: Iterable[Checkpoints]) -> list[Effect]:
+        effects = super().fit(boundaries)
+        return [effect for effect in effects if not isinstance(effect.event, Forget)]  # type: ignore[union-attr]
+
+
 class Deaf(StageCore):
     """Every Release is lost, and leases never run out."""
 
     def __init__(self, me: str, config: StageConfig) -> None:
-        super().__init__(me, StageConfig(lease_s=1e9, journal=JournalConfig(lease_s=1e9), page=config.page))
+        super().__init__(me, msgspec.structs.replace(config, lease_s=1e9, journal=JournalConfig(lease_s=1e9)))
 
     def receive(self, message: m.ToStage, sender: str, now: float) -> list[Effect]:
         return [] if isinstance(message, m.Release) else super().receive(message, sender, now)

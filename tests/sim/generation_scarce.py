@@ -14,13 +14,14 @@ from mesh.core import Send
 from mesh.pipeline import events as e
 from mesh.pipeline import messages as m
 from mesh.types import PRIORITIES, Priority
-from tests.sim.generation import Peer
+from tests.sim.generation import Keeps, Peer
 from tests.sim.generation_world import (
     LAYOUTS,
     Client,
     Weather,
     check_clients,
     check_freed,
+    keeps_of,
     make_world,
     request,
     weather_of,
@@ -89,19 +90,21 @@ class Scarcity(Weather):
         self.counts["preemptions"] = max(self.counts["preemptions"], core.stage.preemptions)
 
 
-def play_scarce(seed: int, sessions: int = 7, peer: type[Peer] = Peer) -> Scarcity:
+def play_scarce(seed: int, sessions: int = 7, peer: type[Peer] = Peer, keeps: Keeps | None = None) -> Scarcity:
     """One schedule of faults over more sessions than there is room for; traced if it fails, by doing it again."""
+    keeps = keeps or keeps_of(seed)
     try:
-        return _play(seed, sessions, peer, traced=False)
+        return _play(seed, sessions, peer, keeps, traced=False)
     except AssertionError:
-        return _play(seed, sessions, peer, traced=True)
+        return _play(seed, sessions, peer, keeps, traced=True)
 
 
-def _play(seed: int, sessions: int, peer: type[Peer], traced: bool) -> Scarcity:
+def _play(seed: int, sessions: int, peer: type[Peer], keeps: Keeps, traced: bool) -> Scarcity:
     layout, faults = weather_of(seed)
     rng = random.Random(f"{seed}/scarce")
     net = NetParams(loss=0.01 if seed % 3 == 0 else 0.0)
-    world = make_world(seed, net, LAYOUTS[layout], step_s=0.05, peer=peer, slots=rng.randint(2, 3))
+    slots = rng.randint(2, 3)
+    world = make_world(seed, net, LAYOUTS[layout], step_s=0.05, peer=peer, slots=slots, keeps=keeps)
     world.traced = traced
     world.schedule(faults)
     weather = Scarcity(world, requests(rng, sessions))

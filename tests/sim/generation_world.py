@@ -18,7 +18,7 @@ from mesh.pipeline import events as e
 from mesh.pipeline import messages as m
 from mesh.pipeline.journal import Adopt, needs_witness
 from mesh.types import Priority, SamplingParams
-from tests.sim.generation import Peer, oracle
+from tests.sim.generation import ROW, Keeps, Peer, oracle
 from tests.sim.world import Fault, NetParams, Node, World
 
 Spans = dict[str, tuple[int, int]]
@@ -50,8 +50,9 @@ def make_world(
     peer: type[Peer] = Peer,
     forgets: float = 0.0,
     slots: int = 64,
+    keeps: Keeps | None = None,
 ) -> World:
-    """``slots``: sessions that a node has room for."""
+    """``slots``: sessions that a node has room for; ``keeps``: what it may keep of checkpointed rows."""
     world = World(seed, net)
     nodes = list(dict.fromkeys(["entry", *spans]))
     for name in nodes:
@@ -66,6 +67,7 @@ def make_world(
                 eager=name == "entry",
                 forgets=forgets,
                 slots=slots,
+                keeps=keeps,
             ),
             on_reset=lambda core, gone, now: core.lost(gone, "reset", now),
         )
@@ -281,7 +283,12 @@ class Weather:
             core.shown.clear()
         self.counts["carried"] += core.engine.carried
         core.engine.carried = 0
-        assert core.stage._early.frames <= core.stage.config.held_frames
+        stage = core.stage
+        assert stage._early.frames <= stage.config.held_frames
+        assert stage.held_bytes <= stage.config.checkpoint_bytes, name
+        assert stage.keeper.ledger.disk <= stage.config.checkpoint_disk, name
+        if core.disk.due is not None or core.disk.pieces:
+            self._check_disk(core, name)
         for effect in world.effects:
             if isinstance(effect, Send):
                 self.counts["contested"] += isinstance(effect.message, m.Ahead)
@@ -289,6 +296,18 @@ class Weather:
                 self.counts["pages"] += isinstance(effect.message, m.Pages) and effect.message.n > 0
             elif isinstance(effect.event, Adopt | e.Moved):
                 self.counts["adoptions" if isinstance(effect.event, Adopt) else "relays"] += 1
+
+    def _check_disk(self, core: Peer, name: str) -> None:
+        """P6 of what is spilled: what is held there is what boundaries hold, less what is on its way."""
+        disk, counts = core.disk, self.counts
+        held = {p.number for hop in core.stage._sessions.values() for p in hop.checkpoints._pieces}
+        if disk.due is None:
+            assert set(disk.pieces) == held, (name, disk.pieces, held)
+        counts["spilled"] += disk.written
+        counts["replayed from disk"] += disk.replayed
+        counts["shipped from disk"] += disk.shipped
+        counts["refused by disk"] += disk.refused
+        disk.written = disk.replayed = disk.shipped = disk.refused = 0
 
     def _check_pages(self, heard: Any, core: Peer, name: str) -> None:
         """P4 of what is shipped: a hop begins with what came in the epoch that its ``Open`` names, and was accepted."""
@@ -337,9 +356,19 @@ def check_freed(world: World) -> None:
             assert list(node.core.stage.journals) == [], node.id
             assert len(node.core.stage.arrivals) == 0, node.id
             assert node.core.stage.checkpoint_bytes == 0, node.id
+            assert (node.core.stage.keeper.ledger.disk, node.core.stage.keeper.writing) == (0, 0), node.id
+            assert node.core.disk.pieces == {}, node.id
             assert node.core.engine.sequences == {}, node.id
             assert set(node.core.engine.pages) == node.core.stage.pages.numbers(), node.id
             assert len(node.core.engine.pages) <= node.core.engine.room, node.id
+
+
+def keeps_of(seed: int) -> Keeps:
+    """In half of the schedules there is too little memory for checkpointed rows, and some disk, not always enough."""
+    rng = random.Random(f"{seed}/keeps")
+    if rng.random() < 0.5:
+        return Keeps()
+    return Keeps(ROW * rng.choice([1, 5, 10, 20]), ROW * rng.choice([20, 100, 1000]), rng.choice([0.0, 0.0, 0.1]))
 
 
 def schedule(rng: random.Random, nodes: list[str]) -> list[Fault]:
@@ -405,21 +434,25 @@ def play(
     peer: type[Peer] = Peer,
     traced: bool = False,
     weather: Schedules = weather_of,
+    keeps: Keeps | None = None,
 ) -> Weather:
     """One schedule: faults while ``sessions`` stream, P1, P3, P6 and P7, and P2 once leases have run out.
 
+    ``keeps``: what nodes may keep of checkpointed rows; ``None``: as the seed says.
+
     A violation carries the schedule and the last events as notes: only then is the run traced, by doing it again.
     """
+    keeps = keeps or keeps_of(seed)
     try:
-        return _play(seed, sessions, peer, weather, traced)
+        return _play(seed, sessions, peer, weather, keeps, traced)
     except AssertionError:
-        return _play(seed, sessions, peer, weather, traced=True)
+        return _play(seed, sessions, peer, weather, keeps, traced=True)
 
 
-def _play(seed: int, sessions: int, peer: type[Peer], weather: Schedules, traced: bool) -> Weather:
+def _play(seed: int, sessions: int, peer: type[Peer], weather: Schedules, keeps: Keeps, traced: bool) -> Weather:
     layout, faults = weather(seed)
     net = NetParams(loss=0.01 if seed % 3 == 0 else 0.0)
-    world = make_world(seed, net, LAYOUTS[layout], step_s=0.05, peer=peer, forgets=0.2)
+    world = make_world(seed, net, LAYOUTS[layout], step_s=0.05, peer=peer, forgets=0.2, keeps=keeps)
     world.traced = traced
     world.schedule(faults)
     watched = Weather(world, start(world, sessions, TOKENS, longest=12, common=True))
@@ -429,6 +462,6 @@ def _play(seed: int, sessions: int, peer: type[Peer], weather: Schedules, traced
         world.run(world.now + 250.0)
         check_freed(world)
     except AssertionError as violation:
-        violation.add_note("\n".join([layout, *map(str, faults), *world.lines(200)]))
+        violation.add_note("\n".join([f"{layout} {keeps}", *map(str, faults), *world.lines(200)]))
         raise
     return watched

@@ -12,11 +12,12 @@ import pytest
 from mesh.pipeline import events as e
 from mesh.pipeline import messages as m
 from mesh.pipeline import session, stage
+from mesh.pipeline.keeping import Keeper
 from mesh.pipeline.session import Session
 from mesh.pipeline.stage import StageCore
 from mesh.types import Priority, SamplingParams
 from tests.sim import generation_mutants as mutants
-from tests.sim.generation import FakeEngine, oracle
+from tests.sim.generation import ROW, FakeEngine, Keeps, oracle
 from tests.sim.generation_scarce import endless, play_scarce
 from tests.sim.generation_world import (
     LAYOUTS,
@@ -128,13 +129,14 @@ def test_full_hops_refuse_before_anything_is_computed() -> None:
 @pytest.mark.parametrize("block", range(10))
 def test_any_weather(block: int) -> None:
     """1,000 schedules of two to four faults over three sessions; ``scripts/simulate generation`` plays more."""
-    thresholds = gc.get_threshold()
+    thresholds, from_disk = gc.get_threshold(), 0
     gc.set_threshold(100_000)  # worlds are cycles, and few of them live at once: a sixth of the time
     try:
         for seed in range(100 * block, 100 * block + 100):
-            play(seed)
+            from_disk += play(seed).counts["replayed from disk"]
     finally:
         gc.set_threshold(*thresholds)
+    assert from_disk > 20, "memory for checkpointed rows was short in half of them"
 
 
 def test_an_end_that_died_with_its_node_before_it_was_read_is_no_hang() -> None:
@@ -208,6 +210,34 @@ def test_pages_are_those_of_all_tokens_before_them(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(session, "chain_of", mutants.unchained)
     with pytest.raises(AssertionError, match="tokens of 2 differ"):
         ask_in_turn(*prompts)
+
+
+# -- rows on the disk --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("refuses", [0.0, 1.0])
+def test_a_lost_hop_is_rebuilt_from_the_disk_and_without_one_from_further_upstream(refuses: float) -> None:
+    """Memory holds one row of a boundary."""
+    world = make_world(
+        3, spans={"a": (0, 2), "b": (2, 4), "c": (4, 6), "d": (2, 4)}, keeps=Keeps(ROW, 1 << 20, refuses)
+    )
+    wanted = start(world, 1, max_tokens=60, stop=())
+    entry = world.core("entry")
+    world.run(60.0, stop=lambda: len(entry.streams["s0"]) >= 20)
+    lost = entry.sessions["s0"].route.hops[1].node
+    shown = len(wanted["s0"].prompt) + len(entry.streams["s0"])
+    before = {name: world.core(name).engine.computed_positions for name in ("a", "c")}
+    world.apply(Fault(world.now, "crash", (lost,)))
+    world.run(world.now + 30.0, stop=lambda: bool(entry.ends))
+    check_streams(world, wanted)
+    rest = 60 - (shown - len(wanted["s0"].prompt))
+    again = {name: world.core(name).engine.computed_positions - old - rest for name, old in before.items()}
+    assert again["c"] <= 2, "save for what was under way"
+    assert (again["a"] <= 2, world.core("a").disk.replayed >= shown - 2) == (
+        (False, False) if refuses else (True, True)
+    )
+    world.run(world.now + 1.0)
+    check_freed(world)
 
 
 # -- the owner dies ----------------------------------------------------------------------------------------------------
@@ -347,6 +377,9 @@ def test_what_came_before_the_leaver_died_is_not_computed_again() -> None:
         (mutants.PagesOfAnyEpoch, 115),
         (mutants.MoreThanArrived, 0),
         (mutants.PiecesUnchecked, 45),
+        (mutants.UntrimmedOnDisk, 21),
+        (mutants.AnyPiece, 228),
+        (mutants.Hoarding, 3),
     ],
 )
 def test_mistakes_are_seen(mistake: type, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -356,14 +389,16 @@ def test_mistakes_are_seen(mistake: type, seed: int, monkeypatch: pytest.MonkeyP
     elif issubclass(mistake, Session):
         peer = mutants.peer_with(session=mistake)
     else:
-        monkeypatch.setattr(stage, "Checkpoints", mistake)
+        monkeypatch.setattr(stage, "Keeper" if issubclass(mistake, Keeper) else "Checkpoints", mistake)
     of_moves = {
         mutants.PagesOfAnyEpoch: lossy_departures_of,
         mutants.MoreThanArrived: departures_of,
         mutants.PiecesUnchecked: departures_of,
     }
+    of_disks = (mutants.UntrimmedOnDisk, mutants.AnyPiece, mutants.Hoarding)
+    keeps = None if mistake in of_disks else Keeps()
     with pytest.raises(AssertionError):
-        play(seed, peer=peer, weather=of_moves.get(mistake, weather_of))
+        play(seed, peer=peer, weather=of_moves.get(mistake, weather_of), keeps=keeps)
 
 
 # -- too little room ---------------------------------------------------------------------------------------------------
@@ -426,4 +461,4 @@ def test_mistakes_with_too_little_room_are_seen(
 ) -> None:
     monkeypatch.setattr(stage, name, mistake)
     with pytest.raises(AssertionError):
-        play_scarce(seed)
+        play_scarce(seed, keeps=Keeps())

@@ -398,7 +398,7 @@ def over_budget() -> Hopper:
     hopper.gap(0)
     hopper.forward(0, 4)
     hopper.compute()
-    assert (hopper.core.checkpoint_bytes, hopper.core.checkpoints_dropped) == (0, 1)
+    assert (hopper.core.checkpoint_bytes, hopper.core.keeper.dropped_bytes) == (0, 4 * ROW)
     return hopper
 
 
@@ -468,6 +468,168 @@ def test_checkpoints_are_counted_exactly() -> None:
     assert hopper.core.checkpoint_bytes == 3 * ROW
     hopper.receive(m.Release("s", (2, OWNER)), OWNER)
     assert hopper.core.checkpoint_bytes == 0
+
+
+# -- rows on the disk --------------------------------------------------------------------------------------------------
+
+
+class Disk:
+    """Of one hop's node: notes what it is asked, and answers when told to."""
+
+    def __init__(self, hopper: Hopper) -> None:
+        self.hopper = hopper
+        self.files: dict[int, bytes] = {}
+
+    def note(self, effects: list[Effect]) -> list[Effect]:
+        for event in events(effects):
+            if isinstance(event, t.Spill):
+                self.files[event.number] = b"".join(event.rows)
+                self.note(self.hopper.core.spilled(event.number, True))
+            elif isinstance(event, t.Forget):
+                for number in event.numbers:
+                    del self.files[number]
+        return effects
+
+    def read(self, ask: t.Unspill) -> list[Effect]:
+        payload = self.files.get(ask.number)
+        answer = self.hopper.core.unspilled(ask, memoryview(payload) if payload is not None else None)
+        return self.note(self.hopper.note(answer))
+
+
+def on_disk(**more: Any) -> tuple[Hopper, Disk]:
+    """A middle hop with rows [0, 3) and [3, 6) on the disk, and [6, 7) in memory."""
+    hopper = Hopper(1, config=s.StageConfig(checkpoint_bytes=ROW, checkpoint_disk=100 * ROW, page=2), **more)
+    disk = Disk(hopper)
+    hopper.gap(0)
+    for start, n in ((0, 3), (3, 3), (6, 1)):
+        hopper.forward(start, n)
+        disk.note(hopper.compute())
+    assert {number: len(rows) // ROW for number, rows in disk.files.items()} == {1: 3, 2: 3}
+    return hopper, disk
+
+
+def forwards(effects: list[Effect]) -> list[tuple[int, bytes]]:
+    return [(x.start, bytes(x.payload)) for _, x in sends(effects) if isinstance(x, m.Forward)]
+
+
+def test_a_replay_reads_the_disk_piece_by_piece_and_then_memory() -> None:
+    hopper, disk = on_disk()
+    ask = only(hopper.gap(1), t.Unspill)
+    assert ask == t.Unspill(1, "s")
+    assert hopper.gap(1) == [], "it is being read"
+    effects = disk.read(ask)
+    assert forwards(effects) == [(1, bytes(rows(1, 2)))]
+    hopper.forward(7, 1)
+    assert forwards(disk.note(hopper.compute())) == [], "in its turn"
+    effects = disk.read(only(effects, t.Unspill))
+    assert forwards(effects) == [(3, bytes(rows(3, 3)))]
+    hopper.forward(8, 1)
+    assert forwards(disk.note(hopper.compute())) == [], "in its turn"
+    last = only(effects, t.Unspill)
+    assert forwards(disk.read(last)) == [(6, bytes(rows(6, 2))), (8, bytes(rows(8, 1)))]
+    assert hopper.core.checkpoint_bytes == ROW, "what was read is sent and not kept"
+
+
+def test_an_answer_that_is_not_what_is_wanted_any_more_is_of_no_use() -> None:
+    hopper, disk = on_disk()
+    first = only(hopper.gap(1), t.Unspill)
+    second = only(hopper.gap(4), t.Unspill)
+    assert (first.number, second.number) == (1, 2)
+    assert disk.read(first) == []
+    assert forwards(disk.read(second)) == [(4, bytes(rows(4, 2))), (6, bytes(rows(6, 1)))]
+
+
+def test_an_answer_from_before_a_new_route_serves_it_too() -> None:
+    hopper, disk = on_disk()
+    ask = only(hopper.gap(0), t.Unspill)
+    disk.note(hopper.open(opening(1, counter=2, drawn=(20, 21, 22))))
+    assert hopper.gap(2) == []
+    assert forwards(disk.read(ask))[0] == (2, bytes(rows(2, 1)))
+
+
+def test_what_is_rolled_back_on_the_disk_is_not_sent() -> None:
+    hopper, disk = on_disk()
+    disk.note(hopper.open(opening(1, counter=2)))  # four tokens are accepted
+    assert disk.files.keys() == {1, 2}
+    effects = disk.read(only(hopper.gap(0), t.Unspill))
+    effects = disk.read(only(effects, t.Unspill))
+    assert forwards(effects) == [(3, bytes(rows(3, 1)))]
+    hopper.open(opening(1, counter=3, accepted=3))
+    disk.note(hopper.core.tick(1.0))
+    assert only(hopper.gap(0), t.Unspill).number == 1
+
+
+@pytest.mark.parametrize("when", ["spill", "unspill"])
+def test_a_disk_that_fails_costs_the_copy_and_not_the_session(when: str) -> None:
+    hopper, disk = on_disk()
+    if when == "spill":
+        assert only(disk.note(hopper.core.spilled(2, False)), t.Forget) == t.Forget((1, 2))
+        effects = hopper.gap(0)
+    else:
+        ask = only(hopper.gap(0), t.Unspill)
+        effects = disk.note(hopper.note(hopper.core.unspilled(ask, None)))
+    assert ("hop0", m.Gap("s", (1, OWNER), 0)) in sends(effects)
+    assert (hopper.standing(), disk.files) == ((0, 0), {})
+    assert hopper.core.keeper.dropped_bytes == 7 * ROW
+    hopper.forward(0, 7)
+    assert forwards(hopper.compute()) == [(0, bytes(rows(0, 7)))]
+
+
+def test_rows_that_are_given_up_while_they_are_read_are_computed_again() -> None:
+    hopper, disk = on_disk()
+    ask = only(hopper.gap(0), t.Unspill)
+    disk.note(hopper.core.spilled(2, False))
+    effects = hopper.note(hopper.core.unspilled(ask, rows(0, 3)))
+    assert (forwards(effects), ("hop0", m.Gap("s", (1, OWNER), 0)) in sends(effects)) == ([], True)
+
+
+@pytest.mark.parametrize("end", ["release", "lease", "elsewhere"])
+def test_the_disk_forgets_a_session_that_is_over(end: str) -> None:
+    hopper, disk = on_disk()
+    if end == "release":
+        effects = hopper.receive(m.Release("s", (1, OWNER)), OWNER)
+    elif end == "lease":
+        effects = hopper.core.tick(1000.0)
+    else:
+        effects = hopper.receive(opening(2, counter=2, session="s"), OWNER)
+    disk.note(effects)
+    assert (disk.files, hopper.core.keeper.ledger.disk) == ({}, 0)
+    assert hopper.core.unspilled(t.Unspill(1, "s"), rows(0, 3)) == []
+
+
+def test_a_parked_session_keeps_what_is_on_the_disk() -> None:
+    hopper, disk = on_disk()
+    disk.note(park(hopper))
+    disk.note(hopper.open(opening(1, 2, drawn=(20, 21, 22))))
+    assert forwards(disk.read(only(hopper.gap(0), t.Unspill)))[0] == (0, bytes(rows(0, 3)))
+
+
+def test_a_successor_is_shipped_the_rows_that_are_on_the_disk() -> None:
+    hopper, disk = on_disk()
+    effects = hopper.receive(m.Fetch("s", (1, OWNER), (2, 4), 1), "heir")
+    effects = disk.read(only(effects, t.Unspill))
+    ask = only(effects, t.Export)
+    assert (ask.start, ask.end) == (1, 3), "as far as the piece goes"
+    pages = only(hopper.core.exported(ask, 1, memoryview(b"kv")), m.Pages)
+    assert (pages.start, pages.n, pages.done, bytes(pages.rows)) == (1, 1, 7, bytes(rows(1, 1)))
+    (ask,) = events(hopper.receive(m.Fetch("s", (1, OWNER), (2, 4), 6), "heir"))
+    hopper.forward(7, 1)
+    disk.note(hopper.compute())  # [6, 7) goes to the disk while the pages are read
+    again = only(hopper.core.exported(ask, 1, memoryview(b"kv")), t.Unspill)
+    assert (again.number, again.then.start, again.then.end) == (3, 6, 8)
+
+
+def test_rows_that_cannot_be_read_are_not_shipped() -> None:
+    hopper, _ = on_disk()
+    asked = only(hopper.receive(m.Fetch("s", (1, OWNER), (2, 4), 1), "heir"), t.Unspill)
+    ask = only(hopper.core.unspilled(asked, None), t.Export)
+    assert bytes(only(hopper.core.exported(ask, 2, memoryview(b"kv")), m.Pages).rows) == b""
+
+
+def test_pages_are_not_named_without_rows_in_memory() -> None:
+    hopper, disk = on_disk(page_bytes=10)
+    effects = disk.note(hopper.receive(m.Release("s", (1, OWNER), (*CHAIN, b"c")), OWNER))
+    assert [event for event in events(effects) if isinstance(event, t.KeepPages)] == []
 
 
 # -- shared pages ------------------------------------------------------------------------------------------------------
@@ -547,7 +709,7 @@ def test_past_the_budget_of_checkpoints_pages_go_before_sessions_lose_theirs() -
     hopper.gap(0)
     hopper.forward(0, 4)
     assert only(hopper.compute(), t.DropPages) == t.DropPages((2, 1))
-    assert (hopper.core.held_bytes, hopper.core.checkpoints_dropped) == (4 * ROW, 0)
+    assert (hopper.core.held_bytes, hopper.core.keeper.dropped_bytes) == (4 * ROW, 0)
 
 
 def test_a_span_that_is_given_up_takes_its_pages_with_it() -> None:
