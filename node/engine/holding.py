@@ -11,6 +11,7 @@ import torch
 from node.engine.batch import Batch, Rows, packed_order
 from node.engine.compat import CompatState
 from node.engine.kv_cache import KvCache, Place
+from node.engine.memory import trim
 from node.engine.sampler import Row, draw, score
 from node.engine.scheduler import Slice
 from node.engine.selfcheck import Mode
@@ -115,7 +116,10 @@ class Holding:
         used = [Part.of_span(s.spec.start, s.spec.end, self.shard.layout.n_layers) for s in in_use]
         layers = {i for part in (self.wanted, *used) for i in part.layers}
         embed, head = any(p.embed for p in (self.wanted, *used)), any(p.head for p in (self.wanted, *used))
+        before = self.shard.part
         self.shard.keep(Part(tuple(sorted(layers)), embed, head))
+        if self.shard.part != before:
+            trim()
 
     # -- one group of a step -------------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ import torch
 
 from mesh.errors import ConfigError
 from node.engine import attention, exact, experts, products
+from node.engine.memory import trim
 from node.engine.selfcheck import Mode, check
 from node.engine.shard import Shard
 from node.engine.span import ONE_AT_A_TIME, Part, load_part, read_config
@@ -60,6 +61,7 @@ def _prepare(folder: Path, part: Part, dtype: str, exactness: str, threads: int,
     if exactness == "on" and not same:
         raise ConfigError(f"{config.model_type}: not exact on this machine, and --exact on asks for it")
     why = next((c.why for c in checks if c.why), "")
+    trim()
     return Prepared(shard, mode, layer_bytes, same, exact.hardware_class("cpu", served), why)
 
 
@@ -72,6 +74,8 @@ def _load(folder: Path, config: Any, part: Part, dtype: torch.dtype, form: produ
             shard = loaded
         else:
             shard.adopt(loaded)
+        del loaded
+        trim()  # or the holes that packing left in malloc's heap come to half a copy
     assert shard is not None
     return shard
 

@@ -1,15 +1,33 @@
-"""Host memory that goes back to the system at once when it is given up.
+"""Host memory that goes back to the system when it is given up.
 
 What malloc is given back it mostly keeps for whoever asks next: a node that was busy once would stay as large for good.
+Keys and values, which come and go all the time, lie in mappings of their own.  Weights, which come and go with their
+layers, are torch's, and ``trim`` is called behind them.
 """
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import math
 import mmap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
+
+
+def trim() -> None:
+    """Give the system what malloc keeps of memory that nobody holds any more; a no-op without glibc."""
+    if (call := _malloc_trim()) is not None:
+        call(0)
+
+
+@functools.cache
+def _malloc_trim() -> Callable[[int], int] | None:
+    try:
+        return ctypes.CDLL(None).malloc_trim  # type: ignore[no-any-return]
+    except (OSError, AttributeError, TypeError):
+        return None
 
 
 class Mapping:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -66,3 +67,49 @@ def test_an_extent_that_is_dropped_is_unmapped() -> None:
     del place, places, tensor
     assert cache.bytes == 0
     assert resident() - before < 0.5 * SLOT
+
+
+LAYERS, PIECES = 16, 8 << 20
+PEAK = """
+import sys
+from pathlib import Path
+from node.engine import loading
+from node.engine.span import Part
+from tests.node.engine.test_memory import LAYERS, PIECES, status
+
+quantize, warm, folder = sys.argv[1], *map(Path, sys.argv[2:])
+loading.PIECE_BYTES = PIECES
+loading.prepare(warm, Part.of_span(0, 2, 2), "float32", "off", 1, quantize)  # libraries are imported, caches are made
+before = status("VmRSS")
+shard = loading.prepare(folder, Part.of_span(0, LAYERS, LAYERS), "float32", "off", 1, quantize).shard
+print(shard.weight_bytes, status("VmRSS") - before, max(0, status("VmHWM") - before))
+"""
+
+
+def write_wide(folder: Path, layers: int) -> Path:
+    """A Llama of 12 MB a layer."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 512, "intermediate_size": 1536, "vocab_size": 512}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 2}
+    LlamaForCausalLM(LlamaConfig(num_hidden_layers=layers, **sizes, **heads)).save_pretrained(folder)
+    return folder
+
+
+def status(field: str) -> int:
+    """Bytes, of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("quantize", ["", "int8"])
+def test_a_span_takes_its_bytes_and_never_a_second_copy(quantize: str, tmp_path: Path) -> None:
+    folders = [write_wide(tmp_path / str(n), n) for n in (2, LAYERS)]
+    command = [sys.executable, "-c", PEAK, quantize, *map(str, folders)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
+    weights, resident, peak = map(int, done.stdout.split())
+    file = sum(path.stat().st_size for path in folders[1].glob("*.safetensors"))
+    assert weights > (0.2 if quantize else 0.9) * file > 20e6
+    assert resident < 1.15 * weights + 8e6
+    assert peak < weights + 10 * PIECES, "more than a few pieces at once beside what is held"
