@@ -200,12 +200,12 @@ class Batch:
             for target, source in zip(write.extent.layer(layer, key, value), (key, value), strict=True):
                 for slot, low, high in write.clear:
                     target[slot, low:high] = 0
-                rows = source.reshape(source.shape[0], -1)
+                rows = source
                 if write.rows is not None:
                     rows = rows[write.rows]
                 elif rows.shape[0] != self.count:
                     rows = rows.narrow(0, 0, self.count)
-                target.view(-1, rows.shape[1]).index_copy_(0, write.index, rows)
+                target.flatten(0, 1).index_copy_(0, write.index, rows)
 
     def _attend_piece(
         self,

@@ -132,7 +132,13 @@ def _bits(dtype: torch.dtype) -> str:
         if products.can_halve(dtype, torch.device("cpu")):
             found.append(products.Half(weight)(x, None))
         found.append(products.Int8(weight)(x, None))
-        found += [F.silu(found[0]), found[0].float().softmax(-1), found[0].float().pow(2).mean(-1).rsqrt()]
+        wide = found[0].float()
+        found += [
+            F.silu(found[0]),
+            wide.softmax(-1),
+            wide.pow(2).mean(-1).rsqrt(),
+            torch.linalg.vector_norm(wide, 2, -1),
+        ]
         for tensor in found:
             digest.update(tensor.float().numpy().tobytes())
     q, k = fixed(1, 8, 4, 64), fixed(1, 2, 640, 64)

@@ -58,14 +58,15 @@ def _mentioned(module: nn.Module) -> set[str]:
 class RmsNorm:
     """Root mean square norm over the last dimension, in few and cheap calls.
 
-    x / sqrt(mean(x^2) + eps) = x * sqrt(n) / sqrt(sum(x^2) + n * eps); the root of n is multiplied into the weight.
-    Only operations that IEEE 754 rounds correctly: vectorised or not, they give the same bits.
+    x / sqrt(mean(x^2) + eps) = x * sqrt(n) / hypot(|x|, sqrt(n * eps)); the root of n is multiplied into the weight.
+    Each row's length is summed by itself, so that it has the same bits in any number of rows.
     """
 
     def __init__(self, weight: torch.Tensor, eps: float) -> None:
         self.weight, self.eps = weight, eps
         self.shape = tuple(weight.shape)
-        self._scaled, self._added = weight * self.shape[0] ** 0.5, eps * self.shape[0]
+        self._scaled = weight * self.shape[0] ** 0.5
+        self._least = torch.tensor((eps * self.shape[0]) ** 0.5)
 
     @staticmethod
     def of(module: nn.Module) -> RmsNorm | None:
@@ -87,8 +88,8 @@ class RmsNorm:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if x.dtype != torch.float32:
             return torch.rms_norm(x, self.shape, self.weight, self.eps)
-        root = (x * x).sum(-1, keepdim=True).add_(self._added).sqrt_()
-        return torch.div(x, root).mul_(self._scaled)
+        length = torch.linalg.vector_norm(x, 2, -1, True).hypot_(self._least)
+        return torch.div(x, length).mul_(self._scaled)
 
 
 class LeanLayer:
