@@ -79,3 +79,13 @@ def test_what_computes_something_else_is_no_norm() -> None:
     assert RmsNorm.of(_Halved(48, eps=1e-6).requires_grad_(False)) is None
     assert RmsNorm.of(nn.LayerNorm(48).requires_grad_(False)) is None
     assert RmsNorm.of(nn.Linear(4, 4)) is None
+
+
+@pytest.mark.parametrize("width", [16, 64, 768, 2051])
+def test_a_norm_gives_a_row_the_same_bits_in_any_company(width: int) -> None:
+    generator = torch.Generator().manual_seed(width)
+    x = torch.randn(67, width, generator=generator)
+    norm = RmsNorm(torch.rand(width, generator=generator), 1e-6)
+    together = norm(x)
+    for size in (1, 2, 3, 4, 5, 13):
+        assert torch.equal(torch.cat([norm(rows) for rows in x.split(size)]), together)
