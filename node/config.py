@@ -53,6 +53,7 @@ class NodeConfig(msgspec.Struct, frozen=True, kw_only=True):
     api_tls: str = "off"
     exact: Exact = "auto"
     checkpoint_memory: int = 1 << 30
+    checkpoint_disk: int = 4 << 30
     balance: str = "latency"
     max_sessions: int = 64
     max_queue: int = 256
@@ -170,7 +171,8 @@ SETTINGS = (
     Setting("api_advertise", str, "API as clients reach it [--api]", "URL"),
     Setting("api_tls", str, "off, auto (the mesh's CA), or a certificate and key [off]", "auto|off|CERT,KEY"),
     Setting("exact", _one_of(*get_args(Exact)), "kernels that replay to the same bits [auto]", "auto|on|off"),
-    Setting("checkpoint_memory", parse_size, "for checkpointed activations [1GiB]", "SIZE"),
+    Setting("checkpoint_memory", parse_size, "for checkpointed activations; 0: keep none [1GiB]", "SIZE"),
+    Setting("checkpoint_disk", parse_size, "for those that memory has no room for; 0: none [4GiB]", "SIZE"),
     Setting("balance", _one_of(*BALANCE), "how routes are chosen [latency]", "POLICY"),
     Setting("max_sessions", _count(1), "streams at once through this entry [64]", "N"),
     Setting("max_queue", _count(0), "requests that may wait; beyond: 429 [256]", "N"),

@@ -8,7 +8,7 @@
     election      the election's durable state (a Journal)
     sessions.key  what sessions/, the journals of class batch, are sealed with (node.session_log)
 
-Other parts keep subfolders here (weights, spilled checkpoints, collections); this module knows none of them.
+Other parts keep subfolders here (models/, sessions/, spill/, collections); this module knows none of them.
 """
 
 from __future__ import annotations

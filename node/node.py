@@ -67,6 +67,7 @@ from node.security.keyring import KeyRing
 from node.security.tls import PeerTls
 from node.service import NodeService
 from node.session_log import SessionLogs
+from node.spill import SpillFiles
 from node.stage import StageService
 from node.telemetry import Telemetry, get_logger
 from node.text.grammar import Vocabularies
@@ -138,12 +139,16 @@ class Node:
         self.mail = Mail(self.me, self.peers.send_pipeline, self._deliver)
         self.vocabularies = Vocabularies()
         self.engine = self.machine.make_engine(self.config, self.vocabularies)
+        self.spilled = SpillFiles(self.folder.subfolder("spill"))
         self.stage = StageService(
             self.me,
             self.engine,
             self.mail.post,
             self._on_stage,
-            stage_core.StageConfig(checkpoint_bytes=self.config.checkpoint_memory),
+            stage_core.StageConfig(
+                checkpoint_bytes=self.config.checkpoint_memory, checkpoint_disk=self.config.checkpoint_disk
+            ),
+            disk=self.spilled,
         )
         self.entry = Entry(
             self.me,
@@ -327,6 +332,7 @@ class Node:
         self.stage.stop()
         await self.peers.stop()
         await self.engine.stop()
+        await asyncio.to_thread(self.spilled.close)
         (self.folder.path / RUNTIME_FILE).unlink(missing_ok=True)
 
     def _spawn(self, part: Coroutine[Any, Any, None]) -> asyncio.Task[None]:

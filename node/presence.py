@@ -73,7 +73,10 @@ class Presence:
         for priority in PRIORITIES:
             telemetry.paused.labels(priority).set(paused.count(priority))
         pages = node.stage.core.pages
-        telemetry.checkpoint_bytes.set(node.stage.core.held_bytes)
+        kept = node.stage.kept()
+        telemetry.checkpoint_bytes.set(kept["memory_bytes"])
+        telemetry.checkpoint_disk_bytes.set(kept["disk_bytes"])
+        self._count(telemetry.checkpoint_dropped, kept["dropped_bytes"])
         telemetry.prefix_bytes.set(stats.shared_bytes + pages.row_bytes)
         self._count(telemetry.preemptions, node.stage.core.preemptions)
         self._count(telemetry.prefix_queries, pages.looked_up)

@@ -158,6 +158,7 @@ class NodeService:
             waiting=self._node.gate.waiting_by_class(),
             limits=self._node.gate.limits(),
             addresses={member.node: member.address for member in self._node.peers.swim.members()},
+            checkpoints=self._node.stage.kept(),
         )
 
     def ready(self) -> tuple[bool, str]:

@@ -16,17 +16,21 @@ from mesh.pipeline.work import (
     Computed,
     DropPages,
     Export,
+    Forget,
     Free,
     Import,
     KeepPages,
     Reserve,
+    Spill,
     TakePages,
     Truncate,
+    Unspill,
 )
 from mesh.types import LayerSpan, ModelId, NodeId
 from node.driver import Alarm
 from node.engine.sequence import Result, SequenceSpec, Work
 from node.net.inbound import Received
+from node.spill import SpillFiles
 
 PENDING_BYTES = 64 << 20
 """Past this many bytes of hidden states in the engine's queue, senders get no more credit for a while."""
@@ -51,9 +55,12 @@ class StageService:
         on_event: Callable[[Any], None],
         config: core.StageConfig | None = None,
         clock: Callable[[], float] = time.monotonic,
+        disk: SpillFiles | None = None,
     ) -> None:
+        """``disk``: may be left out where ``config`` allows no bytes on it."""
         self.core = core.StageCore(me, config)
         self._engine, self._post, self._on_event, self._clock = engine, post, on_event, clock
+        self._disk = disk
         self._alarm = Alarm(self.core, lambda: self._perform(self.core.tick(self._clock())), clock)
         self._verbs: dict[type, Callable[[Any], list[Effect]]] = {
             Reserve: self._reserve,
@@ -65,6 +72,9 @@ class StageService:
             DropPages: self._drop_pages,
             Export: self._export,
             Import: self._import,
+            Spill: self._spill,
+            Unspill: self._unspill,
+            Forget: self._forget,
         }
         self._pending: dict[str, _Pending] = {}
         self._parked: deque[Received] = deque()
@@ -96,6 +106,15 @@ class StageService:
     def pending_bytes(self) -> int:
         """Hidden states that wait in the engine's queue."""
         return sum(pending.bytes for pending in self._pending.values())
+
+    def kept(self) -> dict[str, int]:
+        """Bytes of checkpointed rows: in memory, also on their way to the disk; on the disk; given up so far."""
+        keeper = self.core.keeper
+        return {
+            "memory_bytes": self.core.held_bytes + keeper.writing,
+            "disk_bytes": keeper.ledger.disk,
+            "dropped_bytes": keeper.dropped_bytes,
+        }
 
     def set_spans(self, spans: Sequence[LayerSpan]) -> None:
         self._perform(self.core.set_spans(spans))
@@ -200,6 +219,24 @@ class StageService:
             self._perform(self.core.spoiled(event.key))
 
         self._engine.write_pages(event.key, event.start, event.n, event.payload, spoiled)
+        return []
+
+    def _spill(self, event: Spill) -> list[Effect]:
+        assert self._disk is not None
+        self._disk.write(event.number, event.rows, lambda kept: self._perform(self.core.spilled(event.number, kept)))
+        return []
+
+    def _unspill(self, ask: Unspill) -> list[Effect]:
+        def answer(rows: bytes | None) -> None:
+            self._perform(self.core.unspilled(ask, None if rows is None else memoryview(rows)))
+
+        assert self._disk is not None
+        self._disk.read(ask.number, answer)
+        return []
+
+    def _forget(self, event: Forget) -> list[Effect]:
+        assert self._disk is not None
+        self._disk.remove(event.numbers)
         return []
 
     def _free(self, event: Free) -> list[Effect]:

@@ -24,8 +24,10 @@ def status_document(
     waiting: dict[Priority, int],
     limits: dict[Priority, int],
     addresses: dict[str, str],
+    checkpoints: dict[str, int],
 ) -> dict[str, Any]:
-    """Names as in docs/protocol.md; ``placement.term`` and ``version`` are those of the committed record."""
+    """Names as in docs/protocol.md; ``placement.term`` and ``version`` are those of the committed record.
+    ``checkpoints``: of this node alone."""
     paused = sum(generation.session.state is State.PAUSED for generation in sessions)
     living = {member.id for member in view.members if member.present}
     return {
@@ -62,6 +64,7 @@ def status_document(
             "classes": {each: {"waiting": waiting[each], "limit": limits[each]} for each in waiting},
             "items": [_session(generation) for generation in sessions],
         },
+        "checkpoints": checkpoints,
     }
 
 

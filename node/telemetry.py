@@ -61,7 +61,11 @@ class Telemetry:
         self.prefix_hits = self._counter("prefix_cache_hits_total", "Tokens found in the prefix cache")
         self.prefix_bytes = self._gauge("prefix_cache_bytes", "Shared pages held, with their checkpointed activations")
         self.rows = self._counter("engine_rows_total", "Positions computed by this node's layers")
-        self.checkpoint_bytes = self._gauge("checkpoint_bytes", "Checkpointed activations held")
+        self.checkpoint_bytes = self._gauge("checkpoint_bytes", "Checkpointed activations in memory")
+        self.checkpoint_disk_bytes = self._gauge("checkpoint_disk_bytes", "Checkpointed activations on disk")
+        self.checkpoint_dropped = self._counter(
+            "checkpoint_dropped_bytes_total", "Checkpointed activations given up for want of room"
+        )
 
     def _mesh(self) -> None:
         self.members = self._gauge("members", "Members of the mesh", "state")

@@ -57,6 +57,7 @@ GIVEN: dict[str, tuple[str, Any]] = {
     "api_tls": ("cert.pem,key.pem", "cert.pem,key.pem"),
     "exact": ("off", "off"),
     "checkpoint_memory": ("1MiB", 1 << 20),
+    "checkpoint_disk": ("0", 0),
     "balance": ("memory", "memory"),
     "max_sessions": ("5", 5),
     "max_queue": ("0", 0),

@@ -51,7 +51,7 @@ def document(seen: MeshView, *sessions: Any) -> dict[str, Any]:
     made = status_document(
         seen, mesh_id="m1", name="ann", voters=("a", "b"), epoch=2, version=11, term=8, sessions=list(sessions),
         waiting={"interactive": 0, "normal": 1, "batch": 3}, limits={"interactive": 64, "normal": 64, "batch": 2},
-        addresses={"b": "h:9"},
+        addresses={"b": "h:9"}, checkpoints={"memory_bytes": 5, "disk_bytes": 7, "dropped_bytes": 0},
     )  # fmt: skip
     assert json.loads(json.dumps(made)) == made
     return made

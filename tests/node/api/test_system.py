@@ -101,6 +101,8 @@ def test_the_vocabulary_of_metrics() -> None:
         "recovery_pause_seconds",
         "positions_replayed",
         "checkpoint_bytes",
+        "checkpoint_disk_bytes",
+        "checkpoint_dropped_bytes",
         "suspicions",
         "elections",
         "cert_expiry_seconds",
