@@ -1,15 +1,15 @@
-"""The ordinary ``openai`` package against the API, where it is installed (it is no dependency)."""
+"""The ordinary ``openai`` package against the API."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import openai
 import pytest
 
 from tests.fakes import make_tokenizer
 from tests.node.api.conftest import Http
 
-openai = pytest.importorskip("openai")
 REPLY = "Hello there, how are you?"
 
 
