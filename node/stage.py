@@ -161,6 +161,7 @@ class StageService:
             tokens=ask.tokens,
             base=ask.base,
             kept=ask.kept,
+            rebuilds=ask.rebuilds,
         )
         now = self._clock()
         try:

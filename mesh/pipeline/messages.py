@@ -124,6 +124,8 @@ class Open(PipelineMessage, frozen=True):
     """Names of the accepted tokens' whole pages (mesh/pipeline/prefix.py)."""
     shipped: tuple[Epoch, int] | None = None
     """Pages that came under this epoch hold, up to so many positions: those were accepted in it."""
+    begun: bool = False
+    """Tokens were drawn before: the stream stands still until what was computed is there again."""
 
 
 class Ack(PipelineMessage, frozen=True):

@@ -387,6 +387,7 @@ class Session:
             left_s=self._ends_at - now,
             chain=self._chain if index < len(self.route.hops) else (),
             shipped=self._shipped,
+            begun=bool(self.drawn),
         )
 
     def _name_pages(self) -> Chain:

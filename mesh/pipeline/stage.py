@@ -450,7 +450,10 @@ class StageCore:
             sampling, tokens = message.request.sampling, (*message.request.prompt, *message.drawn)
         hops = len(message.route.hops)
         room = (message.max_positions, message.priority, hops)
-        return Emit(Reserve(key, message.route.model, mine.start, mine.end, *room, sampling, tokens, base, kept))
+        rebuilds = message.accepted if message.begun else 0
+        return Emit(
+            Reserve(key, message.route.model, mine.start, mine.end, *room, sampling, tokens, base, kept, rebuilds)
+        )
 
     def _begin(self, hop: _Hop, taken: tuple[Arrival, int] | None) -> list[Effect]:
         """Behind what was shipped here, else behind the pages that are held here; the sampler before the last token, or

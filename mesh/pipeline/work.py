@@ -24,6 +24,8 @@ class Reserve(msgspec.Struct, frozen=True):
     base: str = ""
     """Take over the room of this key, with positions [0, kept) in it; it is no more, whatever the answer is."""
     kept: int = 0
+    rebuilds: int = 0
+    """Positions of a stream that has begun: until they are computed again it stands still."""
 
 
 class Compute(msgspec.Struct, frozen=True):

@@ -19,7 +19,7 @@ import torch
 from mesh.types import ModelId
 from node.engine.holding import Holding, failure, pieces_of
 from node.engine.masks import Guide, NoMask
-from node.engine.scheduler import Group, Pace, StepPlan, plan_step
+from node.engine.scheduler import Group, Pace, StepPlan, plan_step, ratio
 from node.engine.sequence import Result, Sequence, SequenceSpec, Work
 from node.engine.shard import Shard
 from node.engine.span import Part
@@ -83,7 +83,8 @@ class Runner:
             while not self._stopping:
                 self._take_in()
                 self._wait_for_fed()
-                plan = plan_step(self._sequences.values(), self._step_rows, self._chunk_rows())
+                sequences = self._sequences.values()
+                plan = plan_step(sequences, self._step_rows, self.pace.chunk_rows(ratio(sequences)))
                 if plan.groups:
                     self._compute(plan)
         except BaseException as error:
@@ -122,9 +123,6 @@ class Runner:
 
     def _stop(self) -> None:
         self._stopping = True
-
-    def _chunk_rows(self) -> int:
-        return self.pace.chunk_rows(any(s.decoding for s in self._sequences.values()))
 
     def _compute(self, plan: StepPlan) -> None:
         began = time.perf_counter()

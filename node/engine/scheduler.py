@@ -3,7 +3,8 @@
 There is no prefill phase and no decode phase, only rows computed catching up with rows wanted.  A step takes first
 every sequence that wants a single row (it waits for one token, so a step late is a token late), then gives what is
 left of the budget to the longer ones, in chunks.  How many chunk rows go beside live decoding is measured (``Pace``):
-as many as make a step at most ``RATIO`` times as long as one without them.
+as many as make a step at most ``RATIO`` times as long as one without them; more of them where a stream that has begun
+is rebuilt, since that one stands still, and the others only slow down.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from node.engine.sequence import Sequence
 
 RATIO = 2.5
 """Longest step beside decoding, in steps without chunks."""
+REBUILD_RATIO = 6.0
+"""The same while streams are rebuilt: five sixths of the time are theirs."""
 LEAST_CHUNK = 16
 """Chunk rows that a step gives in any case, so that prefill goes on whatever the decoding."""
 _RANK = {priority: rank for rank, priority in enumerate(PRIORITIES)}
@@ -53,13 +56,18 @@ class StepPlan(msgspec.Struct, frozen=True):
 def plan_step(sequences: Iterable[Sequence], step_rows: int, chunk_rows: int) -> StepPlan:
     """Choose the rows of the next step: at most ``step_rows``, of them at most ``chunk_rows`` of longer works.
 
-    Classes go in order (interactive, normal, batch).  Within a class rows go to whoever was served longest ago: prompts
-    take turns chunk by chunk, so that a short one does not wait for all of a long one.
+    Classes go in order (interactive, normal, batch).  Within a class streams that are rebuilt come first, one after the
+    other, the one that is done soonest before the others: so half of them wait for less than half of the time.  Then
+    rows go to whoever was served longest ago: prompts take turns chunk by chunk, so that a short one does not wait for
+    all of a long one.
     """
     everyone = list(sequences)
     ready = [s for s in everyone if s.ready]
     singles = sorted((s for s in ready if s.ready == 1), key=lambda s: (_RANK[s.spec.priority], s.served, s.arrival))
-    longer = sorted((s for s in ready if s.ready > 1), key=lambda s: (_RANK[s.spec.priority], s.served, s.arrival))
+    longer = sorted(
+        (s for s in ready if s.ready > 1),
+        key=lambda s: (_RANK[s.spec.priority], not s.behind, s.behind, s.served, s.arrival),
+    )
     reserved = min(chunk_rows, step_rows // 2) if longer else 0
     chosen = [(s, 1) for s in _micro_batch(singles, everyone)[: step_rows - reserved]]
     left = min(chunk_rows, step_rows - len(chosen))
@@ -70,6 +78,19 @@ def plan_step(sequences: Iterable[Sequence], step_rows: int, chunk_rows: int) ->
         chosen.append((sequence, n))
         left -= n
     return _grouped(chosen)
+
+
+def ratio(sequences: Iterable[Sequence]) -> float:
+    """How much longer than without chunks the next step may be; 0: as long as it likes, for nobody decodes.
+
+    Streams of a lower class than one that decodes are rebuilt without haste.
+    """
+    everyone = list(sequences)
+    decoding = [_RANK[s.spec.priority] for s in everyone if s.decoding]
+    if not decoding:
+        return 0.0
+    urgent = any(s.behind and s.ready > 1 and _RANK[s.spec.priority] <= min(decoding) for s in everyone)
+    return REBUILD_RATIO if urgent else RATIO
 
 
 def _micro_batch(singles: list[Sequence], everyone: list[Sequence]) -> list[Sequence]:
@@ -119,13 +140,13 @@ class Pace:
             # The share of the single rows is not known apart; leaving it in errs on the side of short steps.
             self._row_s = _mean(self._row_s, seconds / chunk_rows)
 
-    def chunk_rows(self, decoding: bool) -> int:
-        """Rows of longer works that the next step may take; ``decoding``: some sequence decodes."""
-        if not decoding:
+    def chunk_rows(self, ratio: float) -> int:
+        """Rows of longer works that the next step may take, to be ``ratio`` times as long as without (0: any)."""
+        if not ratio:
             return self.most
         if not self._decode_s or not self._row_s:
             return min(self.most, 2 * LEAST_CHUNK)
-        spare = (RATIO - 1.0) * self._decode_s / self._row_s
+        spare = (ratio - 1.0) * self._decode_s / self._row_s
         return max(LEAST_CHUNK, min(self.most, int(spare) // 4 * 4))
 
 

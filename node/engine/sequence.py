@@ -35,6 +35,8 @@ class SequenceSpec(msgspec.Struct, frozen=True):
     base: str = ""
     """Another sequence over the same layers, which ends: this one goes on from its positions [0, kept)."""
     kept: int = 0
+    rebuilds: int = 0
+    """Positions of a stream that has begun: until they are computed again it stands still."""
 
     @property
     def prompt_length(self) -> int:
@@ -143,6 +145,11 @@ class Sequence:
         """Where the next work must start."""
         last = self.queue[-1] if self.queue else None
         return last.start + last.n if last else self.length
+
+    @property
+    def behind(self) -> int:
+        """Positions that it has still to rebuild."""
+        return max(0, self.spec.rebuilds - self.length)
 
     @property
     def wanted(self) -> int:

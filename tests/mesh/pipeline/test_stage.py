@@ -152,7 +152,7 @@ class Hopper:
 
 def test_a_middle_hop_reserves_then_asks_for_everything() -> None:
     hopper = Hopper(1)
-    assert only(hopper.opened, s.Reserve) == s.Reserve("s#1", "toy", 2, 4, 64, "normal", 3, None, ())
+    assert only(hopper.opened, s.Reserve) == s.Reserve("s#1", "toy", 2, 4, 64, "normal", 3, None, (), rebuilds=0)
     assert sends(hopper.opened) == [
         (OWNER, m.Opened("s", (1, OWNER), 1, 0)),
         ("hop0", m.Gap("s", (1, OWNER), 0)),

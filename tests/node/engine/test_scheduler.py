@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mesh.types import ModelId, Priority
-from node.engine.scheduler import LEAST_CHUNK, RATIO, Pace, Slice, StepPlan, plan_step
+from node.engine.scheduler import LEAST_CHUNK, RATIO, REBUILD_RATIO, Pace, Slice, StepPlan, plan_step, ratio
 from node.engine.sequence import Sequence, SequenceSpec, Work
 
 MODEL = ModelId("m")
@@ -21,9 +21,10 @@ def sequence(
     arrival: int = 0,
     served: int = -1,
     start: int = 0,
+    rebuilds: int = 0,
 ) -> Sequence:
     """One that has computed ``done`` positions and wants ``rows`` more (0: it waits for its next token)."""
-    made = Sequence(SequenceSpec(key, MODEL, start, 4, 4096, priority, hops), arrival)
+    made = Sequence(SequenceSpec(key, MODEL, start, 4, 4096, priority, hops, rebuilds=rebuilds), arrival)
     made.length, made.served, made.decoding = done, served, rows <= 1
     if rows:
         made.push(Work(key, 0, done, rows))
@@ -71,6 +72,31 @@ def test_prompts_of_a_class_take_turns() -> None:
     long, short = sequence("long", 4000, arrival=1, served=7), sequence("short", 100, arrival=2)
     plan = plan_step([long, short], 128, 128)
     assert [(piece.key, piece.n) for group in plan.groups for piece in group.slices] == [("short", 100), ("long", 28)]
+
+
+def test_streams_are_rebuilt_before_new_prompts_the_soonest_done_first() -> None:
+    crowd = [
+        sequence("prompt", 50, served=-1),
+        sequence("longer", 90, rebuilds=100, served=1),
+        sequence("shorter", 60, rebuilds=70, served=2),
+    ]
+    assert list(taken(plan_step(crowd, 200, 200))) == ["shorter", "longer", "prompt"]
+    assert taken(plan_step(crowd, 80, 80)) == {"shorter": 60, "longer": 20}, "one after the other"
+
+
+@pytest.mark.parametrize(
+    ("crowd", "expected"),
+    [
+        ([sequence("prompt", 50)], 0.0),
+        ([sequence("prompt", 50), sequence("decodes", 1)], RATIO),
+        ([sequence("stands", 50, rebuilds=60), sequence("decodes", 1)], REBUILD_RATIO),
+        ([sequence("done", 50, rebuilds=10), sequence("decodes", 1)], RATIO),
+        ([sequence("stands", 50, rebuilds=60, priority="batch"), sequence("decodes", 1)], RATIO),
+        ([sequence("stands", 50, rebuilds=60), sequence("decodes", 1, priority="batch")], REBUILD_RATIO),
+    ],
+)
+def test_steps_are_longer_while_a_stream_of_no_lower_class_is_rebuilt(crowd: list[Sequence], expected: float) -> None:
+    assert ratio(crowd) == expected
 
 
 @pytest.mark.parametrize("rows", [1, 50])
@@ -131,12 +157,12 @@ def test_micro_batches_take_turns() -> None:
 
 def test_pace_keeps_steps_beside_decoding_in_proportion() -> None:
     pace = Pace(512)
-    assert pace.chunk_rows(decoding=False) == 512
-    assert pace.chunk_rows(decoding=True) == 2 * LEAST_CHUNK
+    assert pace.chunk_rows(0.0) == 512
+    assert pace.chunk_rows(RATIO) == 2 * LEAST_CHUNK
     for _ in range(50):
         pace.observe(8, 0, 0.020)
         pace.observe(8, 64, 0.020 + 64 * 0.0005)
-    rows = pace.chunk_rows(decoding=True)
+    rows = pace.chunk_rows(RATIO)
     assert 0.020 + rows * 0.0005 <= RATIO * 0.020 * 1.01
     assert rows >= LEAST_CHUNK
 
@@ -145,4 +171,4 @@ def test_pace_lets_a_slow_prefill_go_on() -> None:
     pace = Pace(512)
     pace.observe(1, 0, 0.001)
     pace.observe(1, 64, 10.0)
-    assert pace.chunk_rows(decoding=True) == LEAST_CHUNK
+    assert pace.chunk_rows(RATIO) == LEAST_CHUNK
