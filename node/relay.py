@@ -43,6 +43,7 @@ class Facts(msgspec.Struct, frozen=True, tag=True):
 
 class Trace(msgspec.Struct, frozen=True, tag=True):
     recoveries: tuple[Recovery, ...]
+    cached_tokens: int = 0
 
 
 class Broke(msgspec.Struct, frozen=True, tag=True):
@@ -135,14 +136,16 @@ class Relay:
         if generation is None or not tokens.isdecimal():
             raise PeerError("no such session is owned here")
         response = web.StreamResponse()
-        await response.prepare(request)
         generation.attach()
         try:
+            await response.prepare(request)
             await response.write(_framed(Facts(generation.request, generation.route)))
             await self._pass_on(generation, int(tokens), response)
+            await response.write_eof()
+        except ConnectionResetError:  # the reader is gone, which is no fault of anybody here
+            pass
         finally:
             await generation.cancel("disconnected")
-        await response.write_eof()
         return response
 
     async def _pass_on(self, generation: LiveGeneration, tokens: int, response: web.StreamResponse) -> None:
@@ -159,7 +162,7 @@ class Relay:
                 if event is None:
                     return
                 if isinstance(event, EndEvent):
-                    await response.write(_framed(Trace(generation.recoveries)))
+                    await response.write(_framed(Trace(generation.recoveries, generation.cached_tokens)))
                 await response.write(_framed(_step(event)))
                 if isinstance(event, TokenEvent):
                     generation.acknowledge(event.position)
@@ -217,6 +220,8 @@ class Reading:
         self._relay, self._local, self._route = relay, local, route
         self._told: tuple[Recovery, ...] = ()
         """What owners before this one, or a remote one, had to recover from."""
+        self._cached = 0
+        """As the last of them said."""
         self._tokens = 0
 
     @property
@@ -225,7 +230,7 @@ class Reading:
 
     @property
     def cached_tokens(self) -> int:
-        return self._local.cached_tokens if self._local is not None else 0
+        return self._local.cached_tokens if self._local is not None else self._cached
 
     @property
     def recoveries(self) -> tuple[Recovery, ...]:
@@ -237,8 +242,7 @@ class Reading:
 
     async def cancel(self, reason: CancelReason) -> None:
         if self._local is not None:
-            local, self._local = self._local, None
-            self._told += local.recoveries
+            local = self._leave_local()
             await local.cancel(reason)
 
     async def __aiter__(self) -> AsyncIterator[Event]:
@@ -276,7 +280,7 @@ class Reading:
                 if isinstance(frame, Broke):
                     raise _failure(frame)
                 if isinstance(frame, Trace):
-                    self._told += frame.recoveries
+                    self._told, self._cached = self._told + frame.recoveries, frame.cached_tokens
                 elif isinstance(frame, Step):
                     for event in (frame.prompt, frame.token, frame.end):
                         if event is not None:
@@ -284,11 +288,17 @@ class Reading:
         except (PeerUnreachable, PeerError, CapacityError):
             await asyncio.sleep(FIND_EVERY_S)
 
+    def _leave_local(self) -> LiveGeneration:
+        """What it told is kept."""
+        assert self._local is not None
+        local, self._local = self._local, None
+        self._told, self._cached = self._told + local.recoveries, local.cached_tokens
+        return local
+
     async def _move_on(self) -> None:
         """The owner yielded or is gone: from now on whatever the mesh says."""
         if self._local is not None:
-            self._told += self._local.recoveries
-            self._local = None
+            self._leave_local()
         mine = self._relay.entry.get(self.request.session)
         if mine is not None:
             mine.attach()

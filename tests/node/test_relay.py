@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+from collections.abc import AsyncIterator
+from typing import Any, cast
 from unittest import mock
 
 import pytest
-from aiohttp import StreamReader
+from aiohttp import ClientSession, StreamReader, web
 from aiohttp.base_protocol import BaseProtocol
+from aiohttp.test_utils import TestServer
 
-from mesh.errors import PeerError
+from mesh.errors import Leaving, PeerError, PeerUnreachable
+from mesh.pipeline import messages as m
+from mesh.types import NodeId
 from node import relay
 from node.api.service import EndEvent, TokenEvent
+from node.entry import LiveGeneration
+from node.peers import Peers
+from tests.mesh.views import member
+from tests.node.test_entry import STOP, World, request
 
 
 def content() -> StreamReader:
@@ -40,3 +50,142 @@ async def test_a_frame_has_a_limit() -> None:
     stream.feed_data(b"\xff\xff\xff\xff")
     with pytest.raises(PeerError, match="too large"):
         await relay._read_frame(stream)
+
+
+# -- two nodes ---------------------------------------------------------------------------------------------------------
+
+
+class Door:
+    """What a relay serves, by HTTP without TLS."""
+
+    def __init__(self) -> None:
+        self.verbs: dict[str, Any] = {}
+        self.app = web.Application()
+
+    def on_rpc(self, verb: str, handler: Any) -> None:
+        self.verbs[verb] = handler
+
+    def add_get(self, path: str, handler: Any) -> None:
+        self.app.router.add_get(path, handler)
+
+
+class Wire:
+    """A node's peers, by the others' doors."""
+
+    def __init__(self, me: str, wires: dict[str, Wire]) -> None:
+        self.me, self._wires, self.door = me, wires, Door()
+        wires[me] = self
+
+    async def start(self) -> None:
+        self.server = TestServer(self.door.app)
+        await self.server.start_server()
+        self.http = ClientSession()
+
+    async def stop(self) -> None:
+        await self.http.close()
+        await self.server.close()
+
+    async def request(self, node: str, verb: str, payload: bytes, timeout_s: float) -> bytes:
+        if node not in self._wires:
+            raise PeerUnreachable("a hop of the test")
+        return bytes(await self._wires[node].door.verbs[verb](self.me, payload))
+
+    def get(self, node: str, path: str, params: Any, *, lasting: bool) -> Any:
+        return self.http.get(self._wires[node].server.make_url(path))
+
+
+class Two:
+    """``owner`` owns the sessions, ``reader`` has the clients."""
+
+    def __init__(self) -> None:
+        self.world = World(member("owner"), member("reader"), member("a", (0, 4)), member("b", (4, 8)))
+        self.other = World()
+        self.other.seen = self.world.seen
+        wires: dict[str, Wire] = {}
+        self.wires = [Wire("owner", wires), Wire("reader", wires)]
+        owner, reader = (cast(Peers, wire) for wire in self.wires)
+        self.owner = relay.Relay(NodeId("owner"), self.world.entry, owner, lambda: self.world.seen)
+        self.reader = relay.Relay(NodeId("reader"), self.other.entry, reader, lambda: self.world.seen)
+
+    async def read(self, generation: LiveGeneration) -> relay.Reading:
+        reading = await self.reader.attach(generation.session.id, 5.0)
+        assert reading is not None
+        return reading
+
+
+@pytest.fixture
+async def two() -> AsyncIterator[Two]:
+    made = Two()
+    for wire in made.wires:
+        await wire.start()
+    yield made
+    for generation in made.world.entry.sessions():
+        generation.finish("cancelled")
+    for wire in made.wires:
+        await wire.stop()
+
+
+async def take(reading: relay.Reading, count: int) -> tuple[list[Any], AsyncIterator[Any]]:
+    """The first events of ``reading``, and the rest of it."""
+    events = reading.__aiter__()
+    async with asyncio.timeout(10.0):
+        return [await anext(events) for _ in range(count)], events
+
+
+async def rest(events: AsyncIterator[Any]) -> list[Any]:
+    async with asyncio.timeout(10.0):
+        return [event async for event in events]
+
+
+async def test_a_stream_that_is_read_elsewhere_is_the_same_and_says_what_was_cached(two: Two) -> None:
+    opening = asyncio.create_task(two.world.entry.open(request()))
+    await asyncio.sleep(0)
+    for hop, message in two.world.take(m.Open):
+        two.world.say(m.Opened("s", message.epoch, message.hop, 4, 4), hop)
+    generation = await opening
+    reading = await two.read(generation)
+    assert reading.route == generation.route != ""
+    two.world.draw(generation, 20, 21)
+    first, events = await take(reading, 2)
+    two.world.draw(generation, STOP)
+    assert [event.token for event in first] == [20, 21]
+    assert (await rest(events))[-1] == EndEvent("stop")
+    assert reading.cached_tokens == generation.cached_tokens == 4
+
+
+async def test_a_reader_that_goes_away_is_no_fault(two: Two, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    generation = await two.world.open(request(max_tokens=400))
+    answer = await two.wires[1].get("owner", "/peer/sessions/s?tokens=0", {}, lasting=True)
+    assert isinstance(await relay._read_frame(answer.content), relay.Facts)
+    await generation.cancel("disconnected")  # whoever asked is gone, too
+    assert not generation.over
+    answer.close()
+    async with asyncio.timeout(20.0):
+        while not generation.over:
+            two.world.draw(generation, 20)
+            await asyncio.sleep(0.01)
+    assert len(generation.session.drawn) < 400, "it ended since nobody reads it"
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
+async def test_who_leaves_sends_those_on_that_go_on_by_themselves_and_later_all(two: Two) -> None:
+    plain = await two.world.open(request("plain", max_tokens=9))
+    keen = await two.world.open(request("keen", max_tokens=9, follows=True))
+    readings = [await two.read(generation) for generation in (plain, keen)]
+    for generation in (plain, keen):
+        two.world.draw(generation, 20)
+    (_, ofplain), (_, ofkeen) = [await take(reading, 1) for reading in readings]
+    two.reader.leave()
+    with pytest.raises(Leaving, match="/v1/sessions/keen/events"):
+        await rest(ofkeen)
+    two.world.draw(plain, 21)
+    assert (await anext(ofplain)).token == 21
+    two.reader.leave(now=True)
+    with pytest.raises(Leaving, match="session plain goes on at the others"):
+        await rest(ofplain)
+    assert two.reader.readers == 0
+
+
+async def test_a_session_that_nobody_has_is_not_found(two: Two) -> None:
+    assert await two.reader.attach("nowhere", 0.0) is None
