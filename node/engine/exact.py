@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from node.engine import products
+from node.engine import experts, products
 from node.engine.batch import Batch, Rows, packed_order
 from node.engine.kv_cache import KvCache
 from node.engine.shard import Shard
@@ -43,13 +43,19 @@ def make_exact(shard: Shard, start: int, end: int, threads: int) -> bool:
 
 
 def _one_of_each_kind(shard: Shard, start: int, end: int) -> list[int]:
-    """Layers with the same modules and weights' shapes run the same kernels; the last one runs the head, too."""
+    """Layers with the same modules, weights' shapes and products run the same kernels; the last one runs the head,
+    too."""
     kinds: dict[object, int] = {}
     layers = shard.model.get_submodule(shard.layout.layers)
     for index in range(start, end):
-        names = tuple((name, type(module).__name__) for name, module in layers[index].layer.named_modules())
-        shapes = tuple((name, tuple(p.shape)) for name, p in layers[index].layer.named_parameters())
-        kinds.setdefault((names, shapes, getattr(layers[index], "attention_type", "")), index)
+        layer = layers[index].layer
+        names = tuple((name, type(module).__name__) for name, module in layer.named_modules())
+        shapes = tuple((name, tuple(p.shape)) for name, p in layer.named_parameters())
+        packed = tuple(
+            (type(p).__name__, p.shape) for p in [*products.products_below(layer), *experts.products_of(layer)]
+        )
+        lean = layers[index].lean is not None
+        kinds.setdefault((names, shapes, packed, lean, getattr(layers[index], "attention_type", "")), index)
     head = {end - 1} if end == shard.layout.n_layers else set()
     return sorted({*kinds.values(), *head})
 

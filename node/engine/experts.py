@@ -35,10 +35,6 @@ class PackedExperts:
         setattr(module, name, nn.Parameter(torch.empty(stacked.shape, device="meta"), requires_grad=False))
         return packed
 
-    @property
-    def nbytes(self) -> int:
-        return sum(product.nbytes for product in (*self.up, *self.down))
-
 
 def pack_experts(module: nn.Module, form: Form) -> None:
     """Pack every module of experts below ``module``."""
@@ -47,8 +43,14 @@ def pack_experts(module: nn.Module, form: Form) -> None:
             child.packed_experts = PackedExperts(child, form)  # type: ignore[assignment]
 
 
+def products_of(module: nn.Module) -> list[Product]:
+    """Every expert's products below ``module``."""
+    packed: list[Any] = [m.packed_experts for m in module.modules() if hasattr(m, "packed_experts")]
+    return [product for each in packed for product in (*each.up, *each.down)]
+
+
 def packed_bytes(module: nn.Module) -> int:
-    return sum(m.packed_experts.nbytes for m in module.modules() if hasattr(m, "packed_experts"))  # type: ignore[union-attr,misc]
+    return sum(product.nbytes for product in products_of(module))
 
 
 def _experts_forward(

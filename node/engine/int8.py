@@ -44,7 +44,7 @@ class Int8:
     def __init__(self, weight: torch.Tensor) -> None:
         self.dtype = weight.dtype
         self.whole, self.scales = quantize(weight)
-        self.nbytes = self.whole.nbytes + self.scales.nbytes
+        self.nbytes, self.shape = self.whole.nbytes + self.scales.nbytes, weight.shape
 
     def __call__(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """[..., in] -> [..., out]."""
@@ -57,6 +57,10 @@ class Int8:
     def dense(self) -> torch.Tensor:
         """The weight as the product sees it."""
         return (self.whole.float() * self.scales.float()[:, None]).to(self.dtype)
+
+    def channels(self, some: torch.Tensor) -> torch.Tensor:
+        """As ``dense``, of ``some`` output channels."""
+        return self.whole[some].float() * self.scales[some].float()[:, None]
 
 
 class Int8Embedding(nn.Module):

@@ -15,19 +15,22 @@ Layers that are given the same input (queries, keys and values; gate and up) are
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from mesh.errors import ConfigError
 from node.engine.int8 import Int8, Int8Embedding, can_quantize
 
 LEAST_HIDDEN = 384
 """Below this hidden size the call of a packed product costs more than it saves."""
 ROWS_HINT = 64
 """Rows for which oneDNN chooses the packed form; all counts run on it."""
+CHANNELS = 64
+"""Of a weight at most, on which its product is tried."""
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Children of one module that are given the same input.  Were they not, the result would still be right."""
 
@@ -51,7 +54,7 @@ class Plain:
 
     def __init__(self, weight: torch.Tensor) -> None:
         self._weight = weight
-        self.nbytes = weight.nbytes
+        self.nbytes, self.shape = weight.nbytes, weight.shape
 
     def __call__(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return F.linear(x, self._weight, bias)
@@ -67,7 +70,7 @@ class Float:
 
     def __init__(self, weight: torch.Tensor) -> None:
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), ROWS_HINT)
-        self.nbytes = weight.nbytes
+        self.nbytes, self.shape = weight.nbytes, weight.shape
 
     def __call__(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return torch.ops.mkldnn._linear_pointwise.default(x, self._packed, bias, "none", [], "")
@@ -84,7 +87,7 @@ class Half:
 
     def __init__(self, weight: torch.Tensor) -> None:
         self._packed = torch.ops.quantized.linear_prepack_fp16(weight.contiguous(), None)
-        self.nbytes = weight.numel() * 2
+        self.nbytes, self.shape = weight.numel() * 2, weight.shape
 
     @staticmethod
     def holds(weight: torch.Tensor) -> bool:
@@ -113,14 +116,36 @@ def form_of(hidden_size: int, dtype: torch.dtype, device: torch.device, quantize
 
 
 def product_of(weight: torch.Tensor, form: Form) -> Product:
-    """``weight`` [out, in] in the best form there is; the same on all machines of one hardware class."""
+    """``weight`` [out, in] in the best form there is; the same on all machines of one hardware class.
+
+    Raises ``ConfigError`` where the 8-bit product is wrong on this machine.
+    """
     if form == "int8" and can_quantize(weight):
-        return Int8(weight)
+        small = Int8(weight)
+        if not _agrees(small, small.channels, weight):
+            raise ConfigError(
+                f"8-bit products of {tuple(weight.shape)} are wrong on this machine: serve it unquantized"
+            )
+        return small
     if form == "plain" or not can_pack(weight.dtype, weight.device):
         return Plain(weight)
-    if can_halve(weight.dtype, weight.device) and Half.holds(weight):
-        return Half(weight)
-    return Float(weight)
+    halved = can_halve(weight.dtype, weight.device) and Half.holds(weight)
+    packed = Half(weight) if halved else Float(weight)
+    return packed if _agrees(packed, weight.__getitem__, weight) else Plain(weight)
+
+
+def _agrees(product: Product, channels: Callable[[torch.Tensor], torch.Tensor], weight: torch.Tensor) -> bool:
+    """Whether ``product`` computes what ``channels`` say, for some of them.
+
+    The check of a loaded span (selfcheck.py) is one of packed layers against each other: it says nothing of a kernel
+    that is wrong on a shape.
+    """
+    some = torch.linspace(0, weight.shape[0] - 1, min(weight.shape[0], CHANNELS)).long()
+    x = torch.randn(4, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
+    expected = F.linear(x.float(), channels(some).float())
+    rough = weight.dtype != torch.float32 or isinstance(product, Int8)
+    most = (2e-2 if rough else 1e-4) * expected.abs().amax()
+    return not bool(((product(x, None)[:, some].float() - expected).abs() > most).any())  # NaN agrees with NaN
 
 
 class Joined:

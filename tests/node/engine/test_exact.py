@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from mesh.errors import ConfigError
 from mesh.types import LayerSpan, SamplingParams
-from node.engine import exact
+from node.engine import exact, products
 from node.engine.engine import Engine, EngineConfig
+from node.engine.loading import prepare
+from node.engine.span import Part
 from tests.node.engine.chain import MODEL, Chain, info
 
 KINDS = ("llama", "qwen3", "mixtral", "gemma2", "gpt_oss")
@@ -114,3 +119,16 @@ async def test_a_replay_gives_the_bits_of_the_live_run(
     assert b"".join(live.passed["s1"]) == b"".join(replacement.passed["again"])
     assert (last.token, last.logprob, last.top) == (trace[-1].token, trace[-1].logprob, trace[-1].top)
     assert rows[len(prompts[1]) - 1 :] == [(s.logprob, s.top) for s in trace[:-1]]
+
+
+@pytest.mark.skipif(not products.can_halve(torch.float32, torch.device("cpu")), reason="no FBGEMM on this machine")
+def test_a_layer_whose_weights_have_another_form_is_tested_by_itself(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """Its kernels are others, though its modules are the same."""
+    shutil.copytree(tiny("llama", 4, num_key_value_heads=1, dtype="bfloat16", **WIDE), tmp_path / "mixed")
+    for file in (tmp_path / "mixed").glob("*.safetensors"):
+        weights = {name: weight.float() for name, weight in load_file(file).items()}
+        if (name := "model.layers.1.mlp.down_proj.weight") in weights:
+            weights[name] *= 1.001  # numbers that half precision does not hold
+        save_file(weights, file, {"format": "pt"})
+    shard = prepare(tmp_path / "mixed", Part.of_span(0, 4, 4), "float32", "off", 1).shard
+    assert exact._one_of_each_kind(shard, 0, 4) == [0, 1, 3]

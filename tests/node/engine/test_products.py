@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from mesh.errors import ConfigError
+from node.engine.int8 import Int8
 from node.engine.products import (
     Float,
     Form,
@@ -73,6 +75,17 @@ def test_a_row_has_the_same_bits_in_any_company(form: type[Half | Float]) -> Non
     for n in range(form.rows, 600, form.rows):
         assert torch.equal(product(x[:n], None), whole[:n]), n
         assert torch.equal(product(x[600 - n :], None), whole[600 - n :]), n
+
+
+def test_a_kernel_that_is_wrong_on_a_shape_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(200, 448, generator=torch.Generator().manual_seed(0))
+    for kind in (Float, Int8):
+        right = kind.__call__
+        wrong = lambda self, x, bias, right=right: 1.05 * right(self, x, bias)  # noqa: E731
+        monkeypatch.setattr(kind, "__call__", wrong)
+    assert isinstance(product_of(weight, form="packed"), Plain)
+    with pytest.raises(ConfigError, match=r"8-bit products of \(200, 448\) are wrong"):
+        product_of(weight, form="int8")
 
 
 class _Mlp(nn.Module):
