@@ -19,7 +19,7 @@ from client import (
     StreamInterrupted,
     Unavailable,
 )
-from mesh.errors import CapacityError, NoRoute, SessionLost
+from mesh.errors import CapacityError, Leaving, NoRoute, SessionLost
 from node.api.service import Recovery
 from tests.client.conftest import Served
 from tests.fakes import make_tokenizer
@@ -295,6 +295,28 @@ async def test_a_session_that_was_lost_while_a_node_passed_it_on_is_run_again(
     async with client(two[0], learn=False) as mesh:
         assert (await mesh.chat(HI)).text == REPLY, "no text twice, none missing"
     assert len(service.opened) == 2
+
+
+@pytest.mark.parametrize("after", [1, 3, 6])
+async def test_a_stream_whose_node_leaves_goes_on_at_another_at_once(two: Two, after: int) -> None:
+    """Without a word to the caller, and with patience from anew; that node is asked last from then on."""
+    two[1].service.mesh = two[0].service.mesh
+    two[0].service.break_after, two[0].service.breaks_with = after, Leaving("session goes on at the others")
+    async with client(two[0], patience_s=20.0) as mesh:
+        mesh.nodes.learn([two[1].url], two[0].url)
+        mesh.nodes.began(two[1].url)  # so that the first is asked
+        stream = await mesh.chat(HI, stream=True)
+        assert "".join([piece.text async for piece in stream]) == REPLY
+        assert (stream.progress.moves, two[1].service.opened) == (1, [])
+        assert mesh.nodes._nodes[two[0].url].failures >= 1
+
+
+async def test_a_request_that_is_refused_by_a_node_that_leaves_is_asked_elsewhere(two: Two) -> None:
+    two[0].service.refuse = [Leaving("this node is leaving: ask another")]
+    async with client(*two) as mesh:
+        mesh.nodes.began(two[1].url)
+        assert (await mesh.chat(HI)).text == REPLY
+    assert (two[0].service.opened, len(two[1].service.opened)) == ([], 1)
 
 
 async def test_a_node_that_falls_silent_counts_as_gone(two: Two) -> None:

@@ -566,6 +566,77 @@ async def test_an_owner_that_yields_lets_its_readers_go_on_elsewhere(world: Worl
     assert (generation.moved, world.entry.get("s")) == (True, None)
 
 
+# -- nodes that leave --------------------------------------------------------------------------------------------------
+
+
+def leave(world: World, *names: str) -> None:
+    """Gossip says that these are to go."""
+    world.seen = msgspec.structs.replace(
+        world.seen,
+        members=tuple(
+            msgspec.structs.replace(each, profile=msgspec.structs.replace(each.profile, draining=each.id in names))
+            for each in world.seen.members
+        ),
+    )
+
+
+@pytest.mark.parametrize(("leavers", "heir"), [((), "b"), (("b",), "a"), (("c",), "b")])
+async def test_an_owner_that_leaves_gives_its_sessions_to_a_holder_that_stays(
+    leavers: tuple[str, ...], heir: str, world: World
+) -> None:
+    generation = await world.open()
+    world.draw(generation, 30)
+    world.posted.clear()
+    leave(world, *leavers)
+    world.entry.give_away()
+    told = dict(world.take(m.Disown))
+    assert {to: (message.heir, message.drawn) for to, message in told.items()} == {
+        to: (heir, (30,) if to == heir else ()) for to in ("a", "b")
+    }
+    assert (generation.moved, generation.heir, world.entry.sessions()) == (True, heir, [])
+    assert [event.token async for event in generation] == [30], "the rest is at the new owner"
+    # The heir may not have heard, and is told again; the others need not be, until it must have.
+    ask = m.Held("s", generation.session.epoch, len(PROMPT) + 1)
+    for to in ("a", "b"):
+        world.say(ask, to)
+    assert [(to, message.heir) for to, message in world.take(m.Disown)] == [(heir, heir)]
+    world.now += module.HEIR_S
+    world.say(ask, heir)
+    assert [to for to, _ in world.take(m.Release)] == [heir]
+
+
+async def test_what_nobody_else_holds_is_given_away_later(world: World) -> None:
+    generation = await world.open()
+    leave(world, "a", "b")
+    world.entry.give_away()
+    assert (generation.moved, world.take(m.Disown)) == (False, [])
+    leave(world, "a")
+    world.entry.give_away()
+    assert generation.heir == "b"
+
+
+async def test_a_hop_that_is_to_go_is_moved_to_a_node_that_stays() -> None:
+    world = World(
+        member("a", (0, 4)), member("b", (4, 8)), member("c", (4, 8), rtt_ms=50.0), member("d", (4, 8), rtt_ms=90.0)
+    )
+    generation = await world.open()
+    world.draw(generation, 30)
+    world.posted.clear()
+    vacate = m.Vacate("s", generation.session.epoch, 1)
+    leave(world, "b", "c", "d")
+    world.say(vacate, "b")
+    assert (world.take(m.Prepare), world.take(m.Open)) == ([], []), "it stays where it is as long as it can"
+    leave(world, "b", "c")
+    world.say(vacate, "b")
+    ((to, asked),) = world.take(m.Prepare)
+    assert (to, asked.source, [hop.node for hop in asked.route.hops]) == ("d", "b", ["a", "d"])
+    world.say(m.Arrived("s", asked.epoch, 1, len(PROMPT), True), "d")
+    assert world.answer_opens() == ["a", "d"]
+    world.draw(generation, STOP)
+    await rest(generation)
+    assert [(trace.cause, trace.detected_by) for trace in generation.recoveries] == [("moved", "planned")]
+
+
 async def test_results_are_bounded(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "RESULT_BYTES", (len(PROMPT) + 4) * module.TOKEN_BYTES + 2 * module.TOP_BYTES)
     for name in ("one", "two", "three"):
