@@ -10,7 +10,7 @@ All transitions of a session are in this file::
           no room          later
 
 Opening, re-opening, recovering and adopting are one act: a new epoch, a route that keeps every surviving hop, an
-``Open`` to all.  The hops then agree among themselves on what is missing (mesh/pipeline/stage.py).
+``Open`` to all.  The hops then agree among themselves on what is missing (mesh/pipeline/hop.py).
 
 Who adopts starts from its journal.  A hop that knows more answers ``Ahead``: tokens are taken over and the claim made
 again; where a newer epoch is followed by a living owner, this one yields.  So does an owner that was only frozen.

@@ -1,15 +1,6 @@
-"""A hop's end of every session that runs through this node: what to compute, keep, send and free.
+"""A hop's end of every session that runs through this node: which are open, whom they follow, what they may keep.
 
-All transitions of a hop's session are in this file.  A session at a hop is one picture::
-
-    tokens or hidden states in ──► [0, submitted) handed to the engine ──► [0, done) computed
-                                                                             │ checkpoints [c, done)
-                                                                             ▼
-                                                     [0, sent) on its way to the hop behind, or tokens drawn
-
-There is no prefill, no decode and no replay here, only positions computed catching up with positions wanted.
-The hop behind says from where it wants them (``Gap``); a hop that no longer has what is asked for rolls itself back
-and asks the hop before.  So opening, losing a frame and rebuilding a dead neighbour are the same few lines.
+What a session computes and sends once it is open is in mesh/pipeline/hop.py; all that opens, parks and ends it is here.
 
 A parked session holds no keys and values here, only its checkpoints and journal.  Where there is no room for a higher
 class, sessions of lower ones are parked (mesh/pipeline/preemption.py); their owners open them again later.
@@ -25,14 +16,14 @@ import msgspec
 from mesh.core import Effect, Emit, Rejected, Send
 from mesh.pipeline import messages as m
 from mesh.pipeline.arrivals import Arrival, Arrivals, ArrivalsConfig
-from mesh.pipeline.checkpoints import Checkpoints, Ledger, Segment
 from mesh.pipeline.early import EarlyFrames
+from mesh.pipeline.hop import SessionHop, mine_of, span_of
 from mesh.pipeline.journal import Journal, JournalConfig, Journals
 from mesh.pipeline.keeping import Keeper
 from mesh.pipeline.preemption import victims
-from mesh.pipeline.prefix import PAGE, Pages, Prefix
-from mesh.pipeline.work import Compute, Computed, Export, FetchPlacement, Free, Reserve, Truncate, Unspill
-from mesh.types import Hop, LayerSpan, NodeId, SamplingParams
+from mesh.pipeline.prefix import PAGE, Pages
+from mesh.pipeline.work import Computed, Export, FetchPlacement, Free, Reserve, Unspill
+from mesh.types import LayerSpan, NodeId, SamplingParams
 
 
 class StageConfig(msgspec.Struct, frozen=True):
@@ -56,93 +47,6 @@ class StageConfig(msgspec.Struct, frozen=True):
     arrivals: ArrivalsConfig = ArrivalsConfig()
 
 
-class _Hop:
-    """One session at this hop."""
-
-    def __init__(self, message: m.Open, journal: Journal | None, now: float, pages: Pages, ledger: Ledger) -> None:
-        self.key = ""
-        """Of its sequence in the engine; empty: it is parked ..."""
-        self.room = 0
-        """... and the bytes that its keys and values take otherwise."""
-        self.tag = 0
-        self.submitted = 0
-        self.done = 0
-        self.sent: int | None = None
-        self.acked = 0
-        self.asked = -1
-        self.reading = 0
-        """The piece on the disk that is read to be sent; 0: none."""
-        self.checkpoints = Checkpoints(ledger)
-        self.prefix = Prefix(pages, _span(message), "", 0, None)
-        self.scores: dict[int, tuple[float, tuple[tuple[int, float], ...]]] = {}
-        """Position -> (logprob, top) of the tokens drawn here that the owner may not have yet, in order."""
-        self.follow(message, journal, now)
-
-    def start_from(self, arrival: Arrival, kept: int) -> None:
-        """Positions [0, kept) were shipped here."""
-        self.submitted = self.done = kept
-        if not self.last:
-            self.checkpoints.take_over(arrival.checkpoints)
-            self.checkpoints.cut(kept)
-
-    def follow(self, message: m.Open, journal: Journal | None, now: float) -> None:
-        """Take over the route of ``message``; nothing crosses the boundary until the hop behind says from where."""
-        self.open, self.journal = message, journal
-        self.prefix.chain = message.chain
-        self.epoch = message.epoch
-        self.hops = message.route.hops
-        self.index = message.hop
-        self.first = message.hop == 0
-        self.last = message.hop == len(self.hops) - 1
-        self.lease_from = now
-        self.sent = None
-        self.asked = -1
-        self.scores = {}
-        self.acked = max(self.acked, message.accepted)
-
-    def take_room(self, key: str, room: int, pages: Pages, page_bytes: int) -> None:
-        """There is a sequence for it in the engine, which holds nothing yet."""
-        self.key, self.room = key, room
-        checkpoints = None if self.last else self.checkpoints
-        self.prefix = Prefix(pages, _span(self.open), key, page_bytes, checkpoints)
-        self.prefix.chain = self.open.chain
-
-    def give_up_room(self) -> None:
-        """Nothing is computed here any more; what was, has to be again."""
-        self.key, self.room = "", 0
-        self.submitted = self.done = 0
-        self.sent = None
-        self.tag += 1
-
-    @property
-    def parked(self) -> bool:
-        return not self.key
-
-    @property
-    def owner(self) -> NodeId:
-        return self.epoch[1]
-
-    @property
-    def before(self) -> NodeId:
-        """The node whose output this hop works on: the ring closes from the sampler to hop 0."""
-        return self.hops[self.index - 1].node
-
-    @property
-    def behind(self) -> NodeId:
-        return self.hops[(self.index + 1) % len(self.hops)].node
-
-    @property
-    def tokens(self) -> list[int]:
-        """Of the journal, at the two ends of the route."""
-        assert self.journal is not None
-        return self.journal.tokens
-
-    @property
-    def confirms(self) -> bool:
-        """The owner is the sampler: it shows a token when this hop, the first, has it."""
-        return self.first and self.owner == self.hops[-1].node != self.hops[0].node
-
-
 class StageCore:
     """The hop's end of the generation protocol, for all sessions of one node (a ``mesh.core.Core``)."""
 
@@ -155,7 +59,7 @@ class StageCore:
         self.preemptions = 0
         """Sessions that were parked for others of a higher class."""
         self._spans: tuple[LayerSpan, ...] = ()
-        self._sessions: dict[m.SessionId, _Hop] = {}
+        self._sessions: dict[m.SessionId, SessionHop] = {}
         self._keys: dict[str, m.SessionId] = {}
         self._reserving: dict[str, m.Open] = {}
         self._taken: dict[str, tuple[Arrival, int]] = {}
@@ -166,13 +70,13 @@ class StageCore:
         self._serial = 0
         self._next_sweep: float | None = None
         self._handlers: dict[type, Callable[..., list[Effect]]] = {
-            m.Forward: self._on_forward,
-            m.Gap: self._on_gap,
-            m.Feed: self._on_feed,
-            m.Ack: self._on_ack,
-            m.Progress: self._on_progress,
+            m.Forward: SessionHop.on_forward,
+            m.Gap: SessionHop.on_gap,
+            m.Feed: SessionHop.on_feed,
+            m.Ack: SessionHop.on_ack,
+            m.Progress: SessionHop.on_progress,
             m.Park: self._on_park,
-            m.Fetch: self._on_fetch,
+            m.Fetch: SessionHop.on_fetch,
         }
 
     # -- reading -------------------------------------------------------------------------------------------------------
@@ -275,10 +179,10 @@ class StageCore:
         hop = self._sessions.get(message.session)
         if hop is None:
             journal = self._journal_of(message, now)
-            hop = self._sessions[message.session] = _Hop(message, journal, now, self.pages, self.keeper.ledger)
+            hop = self._sessions[message.session] = SessionHop(message, journal, now, self.pages, self.keeper.ledger)
         else:  # it was parked: its checkpoints are good as far as its tokens are
             hop.follow(message, self._journal_of(message, now), now)
-            self._trim(hop, message.accepted)
+            hop.trim(message.accepted)
         hop.take_room(key, room, self.pages, page_bytes)
         self._keys[key] = message.session
         return [*self._begin(hop, taken), *self._opened(message.session, hop, now), *self._fit()]
@@ -313,10 +217,27 @@ class StageCore:
             if hop is None or session is None:
                 continue
             if result.rewound:
-                effects += self._rewind(session, hop)
+                effects += hop.rewind()
+            elif result.tag == hop.tag and result.error:
+                effects += self._failed(session, hop, result)
             elif result.tag == hop.tag:
-                effects += self._on_computed(session, hop, result)
+                effects += hop.on_computed(result)
         return [*effects, *self._fit()]
+
+    def _failed(self, session: m.SessionId, hop: SessionHop, result: Computed) -> list[Effect]:
+        code: Literal["dead_end", "failed"] = "dead_end" if result.final else "failed"
+        failed = m.Refused(session, hop.epoch, hop.index, code, result.error)
+        return [Send(hop.owner, failed), *self._free(session)]
+
+    def exported(self, ask: Export, n: int, payload: memoryview) -> list[Effect]:
+        """The driver's answer to ``Export``: ``n`` positions from ``ask.start`` on; 0: they cannot be read."""
+        session = self._keys.get(ask.key)
+        hop = self._sessions.get(session) if session is not None else None
+        return hop.exported(ask, n, payload) if hop is not None else []
+
+    def spoiled(self, key: str) -> list[Effect]:
+        """The driver's answer to an ``Import`` that cannot be done."""
+        return self.arrivals.spoiled(key)
 
     # -- opening, resuming, freeing ------------------------------------------------------------------------------------
 
@@ -409,22 +330,22 @@ class StageCore:
         return ""
 
     def _refusal(self, message: m.Open | m.Prepare) -> m.Refused | None:
-        mine = _mine(message)
+        mine = mine_of(message)
         code: Literal["stale_placement", "unknown_placement", "not_held"]
         if message.placement_id < self.placement_id:
             code, why = "stale_placement", f"active here is placement {self.placement_id}"
         elif message.placement_id > self.placement_id:
             code, why = "unknown_placement", f"active here is placement {self.placement_id}"
-        elif not self._holds(_span(message)):
+        elif not self._holds(span_of(message)):
             code, why = "not_held", f"layers [{mine.start}, {mine.end}) of {message.route.model} are not loaded here"
         else:
             return None
         return m.Refused(message.session, message.epoch, message.hop, code, why, retry_after_s=0.2)
 
     @staticmethod
-    def _same_place(hop: _Hop, message: m.Open) -> bool:
+    def _same_place(hop: SessionHop, message: m.Open) -> bool:
         """Keys and values stay of use when the hop computes the same layers, at the same end of the route."""
-        mine, was = _mine(message), _mine(hop.open)
+        mine, was = mine_of(message), mine_of(hop.open)
         ends = (message.hop == 0, message.hop == len(message.route.hops) - 1)
         return (mine.start, mine.end) == (was.start, was.end) and ends == (hop.first, hop.last)
 
@@ -442,7 +363,7 @@ class StageCore:
 
     @staticmethod
     def _ask_room(key: str, message: m.Open, base: str = "", kept: int = 0) -> Emit:
-        mine, last = _mine(message), message.hop == len(message.route.hops) - 1
+        mine, last = mine_of(message), message.hop == len(message.route.hops) - 1
         sampling: SamplingParams | None = None
         tokens: tuple[int, ...] = ()
         if last:
@@ -455,7 +376,7 @@ class StageCore:
             Reserve(key, message.route.model, mine.start, mine.end, *room, sampling, tokens, base, kept, rebuilds)
         )
 
-    def _begin(self, hop: _Hop, taken: tuple[Arrival, int] | None) -> list[Effect]:
+    def _begin(self, hop: SessionHop, taken: tuple[Arrival, int] | None) -> list[Effect]:
         """Behind what was shipped here, else behind the pages that are held here; the sampler before the last token, or
         before all that it is to score."""
         if taken is not None:
@@ -476,19 +397,19 @@ class StageCore:
                 del self._reserving[key]
                 self._taken.pop(key, None)
 
-    def _resume(self, hop: _Hop, message: m.Open, now: float) -> list[Effect]:
+    def _resume(self, hop: SessionHop, message: m.Open, now: float) -> list[Effect]:
         """Keep what follows from the accepted tokens.  The sampler's last position is computed again, to draw."""
         hop.follow(message, self._journal_of(message, now), now)
         keep = message.accepted - 1 if hop.last else message.accepted
-        self._trim(hop, keep)
+        hop.trim(keep)
         # Always void what is under way: its results may rest on tokens that were never accepted.
-        return self._cut(hop, min(keep, hop.done))
+        return hop.cut(min(keep, hop.done))
 
-    def _opened(self, session: m.SessionId, hop: _Hop, now: float) -> list[Effect]:
+    def _opened(self, session: m.SessionId, hop: SessionHop, now: float) -> list[Effect]:
         hop.lease_from = now
         opened = m.Opened(session, hop.epoch, hop.index, hop.submitted, hop.prefix.length)
         effects: list[Effect] = [Send(hop.owner, opened)]
-        effects += self._want(session, hop)
+        effects += hop.want()
         return [*effects, *self._replay_early(session, now)]
 
     def _replay_early(self, session: m.SessionId, now: float) -> list[Effect]:
@@ -544,7 +465,7 @@ class StageCore:
 
     # -- parking -------------------------------------------------------------------------------------------------------
 
-    def _give_up_room(self, hop: _Hop) -> list[Effect]:
+    def _give_up_room(self, hop: SessionHop) -> list[Effect]:
         if hop.parked:
             return []
         key = hop.key
@@ -559,239 +480,22 @@ class StageCore:
         return [*self._give_up_room(hop), self._paused(session, hop)]
 
     @staticmethod
-    def _paused(session: m.SessionId, hop: _Hop) -> Send:
+    def _paused(session: m.SessionId, hop: SessionHop) -> Send:
         why = "its room was given to sessions of a higher class"
         return Send(hop.owner, m.Refused(session, hop.epoch, hop.index, "paused", why))
 
-    def _on_park(self, hop: _Hop, message: m.Park, sender: NodeId) -> list[Effect]:
+    def _on_park(self, hop: SessionHop, message: m.Park, sender: NodeId) -> list[Effect]:
         if sender != hop.owner:
             return [Emit(Rejected(sender, "parks another owner's session"))]
         return self._give_up_room(hop)
 
-    def _while_parked(self, hop: _Hop, message: m.PipelineMessage, sender: NodeId) -> list[Effect]:
+    def _while_parked(self, hop: SessionHop, message: m.PipelineMessage, sender: NodeId) -> list[Effect]:
         """Frames are of no use; an owner that asks has not heard, or not of all hops."""
         if isinstance(message, m.Progress) and sender == hop.owner:
             return [self._paused(message.session, hop)]
         return []
 
-    # -- the flow of positions -----------------------------------------------------------------------------------------
-
-    def _want(self, session: m.SessionId, hop: _Hop) -> list[Effect]:
-        """Hop 0 computes the tokens it has; every other hop says what it lacks."""
-        if hop.first:
-            return self._pump(hop)
-        return [Send(hop.before, m.Gap(session, hop.epoch, hop.submitted))]
-
-    def _ask_once(self, session: m.SessionId, hop: _Hop) -> list[Effect]:
-        """Frames behind a lost one come in a row: the first asks for it, the rest are dropped."""
-        if hop.asked == hop.submitted:
-            return []
-        hop.asked = hop.submitted
-        return self._want(session, hop)
-
-    def _pump(self, hop: _Hop) -> list[Effect]:
-        assert hop.journal is not None
-        wanted = len(hop.tokens) - hop.journal.complete  # after the last token nothing is drawn
-        limit = min(wanted, max(hop.acked + m.RUN_AHEAD, hop.open.accepted))
-        if hop.submitted >= limit:
-            return []
-        tokens = tuple(hop.tokens[hop.submitted : limit])
-        return self._compute(hop, hop.submitted, len(tokens), tokens, None)
-
-    def _compute(
-        self, hop: _Hop, start: int, n: int, tokens: tuple[int, ...], hidden: memoryview | None
-    ) -> list[Effect]:
-        hop.submitted = start + n
-        # A row is drawn from only at the frontier: before it the next token is known already (a replay).
-        sample = scored = False
-        if hop.last:
-            assert hop.journal is not None
-            sample = hop.submitted == len(hop.tokens) and not hop.journal.complete
-            scored = hop.journal.request.prompt_logprobs
-        return [Emit(Compute(hop.key, hop.tag, start, n, tokens, hidden, sample, scored))]
-
-    def _on_forward(self, hop: _Hop, message: m.Forward, sender: NodeId) -> list[Effect]:
-        end = message.start + message.n
-        if hop.first or sender != hop.before:
-            return [Emit(Rejected(sender, "forwards to a hop that it is not before"))]
-        if message.n < 1 or message.start < 0 or len(message.payload) % message.n:
-            return [Emit(Rejected(sender, "forwards rows of unequal size"))]
-        if end > hop.open.max_positions or (hop.last and end > len(hop.tokens)):
-            return [Emit(Rejected(sender, "forwards positions past the end of the session"))]
-        if message.start > hop.submitted:
-            return self._ask_once(message.session, hop)
-        if end <= hop.submitted:
-            return []
-        fresh = Segment(message.start, message.n, message.payload).slice(hop.submitted, end)
-        return self._compute(hop, fresh.start, fresh.n, (), fresh.payload)
-
-    def _on_computed(self, session: m.SessionId, hop: _Hop, result: Computed) -> list[Effect]:
-        if result.error:
-            code: Literal["dead_end", "failed"] = "dead_end" if result.final else "failed"
-            failed = m.Refused(session, hop.epoch, hop.index, code, result.error)
-            return [Send(hop.owner, failed), *self._free(session)]
-        assert result.start == hop.done, (result.start, hop.done)
-        hop.done = result.start + result.n
-        if hop.last:
-            return [*hop.prefix.keep(hop.done), *self._on_drawn(session, hop, result)]
-        assert result.hidden is not None
-        # A copy: a view would keep the whole packed step alive, with the rows of every other session in it.
-        own = Segment(result.start, result.n, memoryview(bytes(result.hidden)))
-        if own.end > hop.checkpoints.end:  # what is computed again after parking may be kept already
-            own = own.slice(max(own.start, hop.checkpoints.end), own.end)
-            hop.checkpoints.append(own)
-        return [*hop.prefix.keep(hop.done), *self._flush(session, hop)]
-
-    def _rewind(self, session: m.SessionId, hop: _Hop) -> list[Effect]:
-        """The engine does not have what it was to keep: all is computed again, and sent from where it was not yet."""
-        return [*self._cut(hop, 0), *self._want(session, hop)]
-
-    def _flush(self, session: m.SessionId, hop: _Hop) -> list[Effect]:
-        """Send what is known and the hop behind does not have yet."""
-        held, first = hop.checkpoints, hop.sent
-        if first is None or first >= held.end:
-            return []
-        if first < held.start:
-            # The budgets took them: compute them again from what the hop before kept, at worst from the tokens.
-            self._trim(hop, first)
-            return [*self._cut(hop, min(first, hop.done)), *self._want(session, hop)]
-        if first < held.warm:
-            return self._read_back(session, hop, first)
-        hop.sent = held.end
-        return [self._forward(session, hop, rows) for rows in held.read(first)]
-
-    @staticmethod
-    def _forward(session: m.SessionId, hop: _Hop, rows: Segment) -> Send:
-        return Send(hop.behind, m.Forward(session, hop.epoch, rows.start, rows.n, rows.payload))
-
-    @staticmethod
-    def _read_back(session: m.SessionId, hop: _Hop, first: int) -> list[Effect]:
-        """A piece at a time; what is asked for twice is read once."""
-        piece = hop.checkpoints.piece_of(first)
-        assert piece is not None
-        if hop.reading == piece.number:
-            return []
-        hop.reading = piece.number
-        return [Emit(Unspill(piece.number, session))]
-
-    def _on_drawn(self, session: m.SessionId, hop: _Hop, result: Computed) -> list[Effect]:
-        effects: list[Effect] = []
-        if result.prompt_logprobs:
-            rows = result.prompt_logprobs
-            effects.append(Send(hop.owner, m.PromptLogprobs(session, hop.epoch, result.start + 1, rows)))
-        if result.token is None:
-            return effects
-        assert hop.journal is not None
-        assert hop.done == len(hop.tokens)
-        position = len(hop.tokens)
-        hop.tokens.append(result.token)
-        hop.scores[position] = (result.logprob, result.top)
-        hop.scores.pop(position - 2 * m.RUN_AHEAD, None)  # the owner has that one: hop 0 does not run so far ahead
-        effects.append(Send(hop.owner, m.Token(session, hop.epoch, position, result.token, result.logprob, result.top)))
-        if hop.first:
-            return [*effects, *self._pump(hop)]
-        return [*effects, Send(hop.behind, m.Feed(session, hop.epoch, position, (result.token,)))]
-
-    def _on_gap(self, hop: _Hop, message: m.Gap, sender: NodeId) -> list[Effect]:
-        if sender != hop.behind or message.expected < 0:
-            return [Emit(Rejected(sender, "asks a hop that it is not behind"))]
-        if hop.last:
-            missing = tuple(hop.tokens[message.expected :])
-            return [Send(sender, m.Feed(message.session, hop.epoch, message.expected, missing))] if missing else []
-        hop.sent = message.expected
-        return self._flush(message.session, hop)
-
-    def _on_feed(self, hop: _Hop, message: m.Feed, sender: NodeId) -> list[Effect]:
-        if not hop.first or sender != hop.before:
-            return [Emit(Rejected(sender, "feeds tokens to a hop that it is not the sampler of"))]
-        if message.start < 0 or message.start + len(message.tokens) > hop.open.max_positions:
-            return [Emit(Rejected(sender, "feeds tokens past the end of the session"))]
-        assert hop.journal is not None
-        if not hop.journal.learn(message.start, message.tokens):
-            return [Send(sender, m.Gap(message.session, hop.epoch, len(hop.tokens)))]
-        return [*([hop.journal.held()] if hop.confirms else []), *self._pump(hop)]
-
-    def _on_ack(self, hop: _Hop, message: m.Ack, sender: NodeId) -> list[Effect]:
-        if sender != hop.owner:
-            return [Emit(Rejected(sender, "acknowledges another owner's session"))]
-        hop.acked = max(hop.acked, message.accepted)
-        return self._pump(hop) if hop.first else []
-
-    def _on_progress(self, hop: _Hop, message: m.Progress, sender: NodeId) -> list[Effect]:
-        """Say where this hop stands, and ask (and give) again what a lost frame may have carried."""
-        if sender != hop.owner:
-            return [Emit(Rejected(sender, "asks after another owner's session"))]
-        session = message.session
-        effects = self._on_ack(hop, m.Ack(session, message.epoch, message.accepted), sender)
-        tokens = len(hop.tokens) if hop.journal is not None else 0
-        standing = m.Progressing(session, hop.epoch, hop.index, hop.submitted, hop.done, tokens)
-        effects.append(Send(hop.owner, standing))
-        if hop.confirms and hop.journal is not None:
-            effects.append(hop.journal.held())
-        if hop.last:
-            effects += [
-                Send(hop.owner, m.Token(session, hop.epoch, position, hop.tokens[position], *score))
-                for position, score in hop.scores.items()
-                if position >= message.accepted
-            ]
-        if hop.first and not hop.last:
-            effects.append(Send(hop.before, m.Gap(session, hop.epoch, len(hop.tokens))))
-        elif not hop.first and hop.submitted == hop.done:
-            effects += self._want(session, hop)
-        return effects
-
-    # -- moving to another node ----------------------------------------------------------------------------------------
-
-    def _on_fetch(self, hop: _Hop, message: m.Fetch, sender: NodeId) -> list[Effect]:
-        """A successor takes what is here; nothing of this hop changes by it."""
-        mine, (start, end) = _mine(hop.open), message.layers
-        if not mine.start <= start < end <= mine.end or message.start < 0:
-            return [Emit(Rejected(sender, "fetches pages of layers that are not computed here"))]
-        return self._export(message.session, hop, sender, message.layers, message.start)
-
-    def _export(self, session: m.SessionId, hop: _Hop, to: NodeId, layers: tuple[int, int], start: int) -> list[Effect]:
-        """Where the boundary's rows are on the disk they are read first, and go along."""
-        ask = Export(hop.key, hop.tag, to, layers, start, hop.done)
-        if ask.start >= ask.end:
-            return self.exported(ask, 0, memoryview(b""))
-        piece = hop.checkpoints.piece_of(start) if _ships_rows(hop, ask) else None
-        if piece is None:
-            return [Emit(ask)]
-        ask = msgspec.structs.replace(ask, end=min(ask.end, piece.end))
-        return [Emit(Unspill(piece.number, session, ask))]
-
-    def exported(self, ask: Export, n: int, payload: memoryview) -> list[Effect]:
-        """The driver's answer to ``Export``: ``n`` positions from ``ask.start`` on; 0: they cannot be read."""
-        session = self._keys.get(ask.key)
-        hop = self._sessions.get(session) if session is not None else None
-        if (
-            hop is None or session is None or hop.tag != ask.tag
-        ):  # cut meanwhile: if it is still wanted, it is asked for
-            return []
-        rows = ask.rows[: n * (len(ask.rows) // (ask.end - ask.start))] if ask.rows else memoryview(b"")
-        if n and not rows and _ships_rows(hop, ask) and ask.start >= hop.checkpoints.start:
-            rows = hop.checkpoints.rows(ask.start, ask.start + n)
-            if not rows:  # they went to the disk meanwhile
-                return self._export(session, hop, ask.to, ask.layers, ask.start)
-        return [Send(ask.to, m.Pages(session, hop.epoch, ask.start, n, hop.done, payload, rows))]
-
-    def spoiled(self, key: str) -> list[Effect]:
-        """The driver's answer to an ``Import`` that cannot be done."""
-        return self.arrivals.spoiled(key)
-
-    # -- rolling back, and the budgets ---------------------------------------------------------------------------------
-
-    @staticmethod
-    def _trim(hop: _Hop, length: int) -> None:
-        """Keep the checkpoints of positions [0, length)."""
-        hop.checkpoints.cut(length)
-        hop.prefix.cut(length)
-
-    def _cut(self, hop: _Hop, length: int) -> list[Effect]:
-        """Keep the keys and values of positions [0, length) and void everything under way."""
-        hop.tag += 1
-        hop.submitted = hop.done = length
-        return [Emit(Truncate(hop.key, length))]
+    # -- the budgets ---------------------------------------------------------------------------------------------------
 
     def _fit(self) -> list[Effect]:
         """After every verb the budgets hold: shared pages go first, then sessions' rows (mesh/pipeline/keeping.py)."""
@@ -812,31 +516,11 @@ class StageCore:
         hop = self._sessions.get(ask.session)
         effects: list[Effect] = []
         if hop is not None and ask.then is not None:
-            effects = self._go_on_exporting(hop, ask.number, ask.then, payload)
+            effects = hop.go_on_exporting(ask.number, ask.then, payload)
         elif hop is not None and hop.reading == ask.number:
             hop.reading = 0
-            effects = self._go_on_sending(ask.session, hop, ask.number, payload)
+            effects = hop.go_on_sending(ask.number, payload)
         return [*effects, *self._fit()]
-
-    def _go_on_sending(self, session: m.SessionId, hop: _Hop, number: int, payload: memoryview | None) -> list[Effect]:
-        """With what was read, where it is what comes next (still), and with whatever follows."""
-        piece = hop.checkpoints.piece_of(hop.sent) if hop.sent is not None else None
-        if payload is None or piece is None or piece.number != number:
-            return self._flush(session, hop)
-        assert hop.sent is not None
-        rows = piece.rows(payload, hop.sent)
-        hop.sent = rows.end
-        return [self._forward(session, hop, rows), *self._flush(session, hop)]
-
-    @staticmethod
-    def _go_on_exporting(hop: _Hop, number: int, ask: Export, payload: memoryview | None) -> list[Effect]:
-        piece = hop.checkpoints.piece_of(ask.start)
-        if (hop.key, hop.tag) != (ask.key, ask.tag):
-            return []
-        if payload is None or piece is None or piece.number != number:
-            return [Emit(ask)]
-        rows = piece.rows(payload, ask.start).slice(ask.start, ask.end)
-        return [Emit(msgspec.structs.replace(ask, rows=rows.payload))]
 
     def _lose(self, number: int) -> None:
         """Whoever has rows under ``number`` has none any more; a recovery starts further upstream."""
@@ -845,22 +529,6 @@ class StageCore:
                 self.keeper.drop(hop.checkpoints)
 
 
-def _ships_rows(hop: _Hop, ask: Export) -> bool:
-    """What is fetched ends at the same boundary."""
-    return ask.layers[1] == _mine(hop.open).end and not hop.last
-
-
-def _span(message: m.Open | m.Prepare) -> LayerSpan:
-    """The layers that an Open names."""
-    mine = _mine(message)
-    return LayerSpan(message.route.model, mine.start, mine.end)
-
-
-def _mine(message: m.Open | m.Prepare) -> Hop:
-    """The hop (node, start, end) that an Open names."""
-    return message.route.hops[message.hop]
-
-
 def _overlaps(message: m.Open, span: LayerSpan) -> bool:
-    mine = _mine(message)
+    mine = mine_of(message)
     return message.route.model == span.model and mine.start < span.end and span.start < mine.end

@@ -10,6 +10,7 @@ import msgspec
 import pytest
 
 from mesh.pipeline import events as e
+from mesh.pipeline import hop as hops
 from mesh.pipeline import messages as m
 from mesh.pipeline import session, stage
 from mesh.pipeline.keeping import Keeper
@@ -189,7 +190,7 @@ def test_a_shared_prefix_is_computed_by_no_hop_and_replayed_to_a_substitute() ->
 
 
 def test_a_prefix_hit_without_its_checkpoints_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stage, "Prefix", mutants.Hollow)
+    monkeypatch.setattr(hops, "Prefix", mutants.Hollow)
     with pytest.raises(AssertionError, match="'a'"):
         lose_a_hop_of_a_shared_prefix()
 
@@ -389,7 +390,8 @@ def test_mistakes_are_seen(mistake: type, seed: int, monkeypatch: pytest.MonkeyP
     elif issubclass(mistake, Session):
         peer = mutants.peer_with(session=mistake)
     else:
-        monkeypatch.setattr(stage, "Keeper" if issubclass(mistake, Keeper) else "Checkpoints", mistake)
+        where, name = (stage, "Keeper") if issubclass(mistake, Keeper) else (hops, "Checkpoints")
+        monkeypatch.setattr(where, name, mistake)
     of_moves = {
         mutants.PagesOfAnyEpoch: lossy_departures_of,
         mutants.MoreThanArrived: departures_of,
@@ -454,11 +456,12 @@ def test_any_weather_with_too_little_room(block: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "mistake", "seed"), [("Checkpoints", mutants.Untrimmed, 6), ("victims", mutants.anybody_gives_way, 0)]
+    ("where", "name", "mistake", "seed"),
+    [(hops, "Checkpoints", mutants.Untrimmed, 6), (stage, "victims", mutants.anybody_gives_way, 0)],
 )
 def test_mistakes_with_too_little_room_are_seen(
-    name: str, mistake: Any, seed: int, monkeypatch: pytest.MonkeyPatch
+    where: Any, name: str, mistake: Any, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stage, name, mistake)
+    monkeypatch.setattr(where, name, mistake)
     with pytest.raises(AssertionError):
         play_scarce(seed, keeps=Keeps())

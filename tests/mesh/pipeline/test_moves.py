@@ -191,7 +191,7 @@ def test_what_was_cut_while_it_was_read_is_not_sent() -> None:
     hop.compute()
     ask = only(hop.receive(m.Fetch("s", hop.epoch, (2, 4), 0), "new"), t.Export)
     hop.gap(0)
-    hop.core._cut(hop.core._sessions["s"], 0)
+    hop.core._sessions["s"].cut(0)
     assert hop.core.exported(ask, 4, memoryview(b"kv")) == []
 
 

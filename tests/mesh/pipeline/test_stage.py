@@ -92,15 +92,15 @@ class Hopper:
         self.core = core or s.StageCore(ME, config)
         self.core.activate(PLACEMENT)
         self.core.set_spans([LayerSpan("toy", 0, 2 * hops)])
-        self.work: list[s.Compute] = []
+        self.work: list[t.Compute] = []
         self.before, self.behind = f"hop{(at - 1) % hops}", f"hop{(at + 1) % hops}"
         self.opened = self.open(opening(at, hops=hops, session=session, **more))
 
     def note(self, effects: list[Effect]) -> list[Effect]:
         for event in events(effects):
-            if isinstance(event, s.Compute):
+            if isinstance(event, t.Compute):
                 self.work.append(event)
-            elif isinstance(event, s.Truncate | s.Free):
+            elif isinstance(event, t.Truncate | s.Free):
                 self.work.clear()
         return effects
 
@@ -165,12 +165,12 @@ def test_the_sampler_is_given_the_tokens_and_how_to_draw() -> None:
 
 
 def test_the_first_hop_computes_the_prompt_at_once() -> None:
-    work = only(Hopper(0).opened, s.Compute)
+    work = only(Hopper(0).opened, t.Compute)
     assert (work.start, work.n, work.tokens, work.hidden, work.sample) == (0, 4, PROMPT, None, False)
 
 
 def test_the_first_hop_computes_drawn_tokens_too_when_a_route_is_rebuilt() -> None:
-    assert only(Hopper(0, drawn=(20, 21)).opened, s.Compute).tokens == (*PROMPT, 20, 21)
+    assert only(Hopper(0, drawn=(20, 21)).opened, t.Compute).tokens == (*PROMPT, 20, 21)
 
 
 @pytest.mark.parametrize(
@@ -299,10 +299,10 @@ def test_a_newer_open_while_the_engine_is_asked_takes_the_olders_place() -> None
 
 def test_hidden_states_are_computed_as_they_come() -> None:
     hopper = Hopper(1)
-    work = only(hopper.forward(0, 3), s.Compute)
+    work = only(hopper.forward(0, 3), t.Compute)
     assert (work.start, work.n, work.tokens, bytes(work.hidden)) == (0, 3, (), bytes(rows(0, 3)))
     assert not work.sample
-    assert only(hopper.forward(3, 1), s.Compute).start == 3
+    assert only(hopper.forward(3, 1), t.Compute).start == 3
 
 
 def test_what_is_known_already_is_not_computed_again() -> None:
@@ -310,7 +310,7 @@ def test_what_is_known_already_is_not_computed_again() -> None:
     hopper.forward(0, 4)
     assert hopper.forward(0, 4) == []
     assert hopper.forward(1, 2) == []
-    work = only(hopper.forward(2, 4), s.Compute)
+    work = only(hopper.forward(2, 4), t.Compute)
     assert (work.start, work.n, bytes(work.hidden)) == (4, 2, bytes(rows(4, 2)))
 
 
@@ -319,7 +319,7 @@ def test_frames_behind_a_lost_one_ask_for_it_once() -> None:
     hopper.forward(0, 2)
     assert sends(hopper.forward(3, 1)) == [("hop0", m.Gap("s", (1, OWNER), 2))]
     assert hopper.forward(4, 1) == []
-    assert only(hopper.forward(2, 4), s.Compute).n == 4
+    assert only(hopper.forward(2, 4), t.Compute).n == 4
     assert sends(hopper.forward(7, 1)) == [("hop0", m.Gap("s", (1, OWNER), 6))]
 
 
@@ -413,10 +413,10 @@ def test_a_gap_below_what_is_kept_rolls_back_and_asks_the_hop_before() -> None:
     hopper = over_budget()
     hopper.forward(4, 2)
     effects = hopper.gap(1)
-    assert events(effects) == [s.Truncate(hopper.key, 1)]
+    assert events(effects) == [t.Truncate(hopper.key, 1)]
     assert sends(effects) == [("hop0", m.Gap("s", (1, OWNER), 1))]
     assert hopper.standing() == (1, 1)
-    work = only(hopper.forward(1, 5), s.Compute)
+    work = only(hopper.forward(1, 5), t.Compute)
     assert (work.start, work.n, work.tag) == (1, 5, 1)
     assert only(hopper.compute(), m.Forward) == m.Forward("s", (1, OWNER), 1, 5, rows(1, 5))
 
@@ -434,7 +434,7 @@ def test_the_first_hop_rolls_back_to_the_tokens() -> None:
     hopper = Hopper(0, config=s.StageConfig(checkpoint_bytes=0))
     hopper.gap(0)
     hopper.compute()
-    work = only(hopper.gap(1), s.Compute)
+    work = only(hopper.gap(1), t.Compute)
     assert (work.start, work.tokens) == (1, PROMPT[1:])
 
 
@@ -446,10 +446,10 @@ def test_the_oldest_sessions_lose_their_checkpoints_first() -> None:
         message = opening(1)
         core.reserved(only(core.receive(_named(message, name), OWNER, 0.0), s.Reserve).key, 0.0)
         frame = m.Forward(name, (1, OWNER), 0, 2, rows(0, 2))
-        work = only(core.receive(frame, "hop0", 0.0), s.Compute)
+        work = only(core.receive(frame, "hop0", 0.0), t.Compute)
         core.computed([s.Computed(work.key, work.tag, 0, 2, rows(0, 2))], 0.0)
     assert core.checkpoint_bytes == 2 * ROW
-    assert events(core.receive(m.Gap("old", (1, OWNER), 0), "hop2", 0.0)) == [s.Truncate("old#1", 0)]
+    assert events(core.receive(m.Gap("old", (1, OWNER), 0), "hop2", 0.0)) == [t.Truncate("old#1", 0)]
     assert only(core.receive(m.Gap("new", (1, OWNER), 0), "hop2", 0.0), m.Forward).n == 2
 
 
@@ -678,13 +678,13 @@ def test_a_hop_that_has_more_pages_than_the_hop_behind_wants_sends_what_lacks() 
 
 def test_the_first_hop_computes_what_follows_the_pages() -> None:
     _, other = sharing(0, drawn=(20,), max_positions=64)
-    assert only(other.opened, s.Compute).start == 4
+    assert only(other.opened, t.Compute).start == 4
 
 
 def test_the_sampler_begins_before_the_last_token() -> None:
     _, other = sharing(2)
     assert only(other.opened, m.Gap).expected == 2
-    assert only(other.forward(2, 2), s.Compute).sample
+    assert only(other.forward(2, 2), t.Compute).sample
 
 
 def test_a_sampler_that_is_to_score_the_prompt_computes_all_of_it() -> None:
@@ -732,7 +732,7 @@ def test_a_sequence_that_could_not_go_back_is_computed_anew_and_sent_from_where_
     hopper.open(opening(1, counter=2, accepted=3))
     hopper.gap(3)
     effects = hopper.note(hopper.core.computed([s.Computed(hopper.key, 0, 0, 0, rewound=True)], 0.0))
-    assert events(effects) == [s.Truncate(hopper.key, 0)]
+    assert events(effects) == [t.Truncate(hopper.key, 0)]
     assert only(effects, m.Gap).expected == 0
     hopper.forward(0, 5)
     assert only(hopper.compute(), m.Forward) == m.Forward("s", (2, OWNER), 3, 2, rows(3, 2))
@@ -743,8 +743,8 @@ def test_a_sequence_that_could_not_go_back_is_computed_anew_and_sent_from_where_
 
 def test_the_sampler_draws_at_the_frontier_only() -> None:
     hopper = Hopper(2, drawn=(20, 21))
-    assert not only(hopper.forward(0, 5), s.Compute).sample
-    assert only(hopper.forward(5, 1), s.Compute).sample
+    assert not only(hopper.forward(0, 5), t.Compute).sample
+    assert only(hopper.forward(5, 1), t.Compute).sample
 
 
 def test_a_drawn_token_goes_to_the_owner_and_to_the_first_hop() -> None:
@@ -774,7 +774,7 @@ def test_the_sampler_tells_the_first_hop_what_it_lacks() -> None:
 
 def test_prompt_logprobs_go_to_the_owner() -> None:
     hopper = Hopper(2, ask=request(scored=True))
-    work = only(hopper.forward(0, 3), s.Compute)
+    work = only(hopper.forward(0, 3), t.Compute)
     assert work.prompt_logprobs
     scores = ((-1.0, ()), (-2.0, ()))
     result = s.Computed(work.key, work.tag, 0, 2, prompt_logprobs=scores)
@@ -783,10 +783,10 @@ def test_prompt_logprobs_go_to_the_owner() -> None:
 
 def test_a_route_of_one_hop_feeds_itself() -> None:
     hopper = Hopper(0, hops=1)
-    assert only(hopper.opened, s.Compute).sample
+    assert only(hopper.opened, t.Compute).sample
     effects = hopper.compute(token=30)
     assert sends(effects) == [(OWNER, m.Token("s", (1, OWNER), 4, 30))]
-    work = only(effects, s.Compute)
+    work = only(effects, t.Compute)
     assert (work.start, work.tokens, work.sample) == (4, (30,), True)
 
 
@@ -795,9 +795,9 @@ def test_a_route_of_one_hop_feeds_itself() -> None:
 
 def test_fed_tokens_are_computed_each_once() -> None:
     hopper = Hopper(0)
-    assert only(hopper.feed(4, 30), s.Compute).tokens == (30,)
+    assert only(hopper.feed(4, 30), t.Compute).tokens == (30,)
     assert hopper.feed(4, 30) == []
-    assert only(hopper.feed(4, 30, 31, 32), s.Compute).tokens == (31, 32)
+    assert only(hopper.feed(4, 30, 31, 32), t.Compute).tokens == (31, 32)
 
 
 def test_a_feed_past_a_lost_one_asks_for_it() -> None:
@@ -831,7 +831,7 @@ def test_the_first_hop_runs_a_bounded_number_of_tokens_past_the_owner() -> None:
     assert hopper.hop.submitted == len(PROMPT) + m.RUN_AHEAD
     assert hopper.feed(54, 30) == []
     effects = hopper.receive(m.Ack("s", (1, OWNER), 6), OWNER)
-    assert only(effects, s.Compute).n == 2
+    assert only(effects, t.Compute).n == 2
     assert hopper.receive(m.Ack("s", (1, OWNER), 5), OWNER) == []
     assert hopper.hop.submitted == 6 + m.RUN_AHEAD
 
@@ -877,7 +877,7 @@ def test_frames_of_a_newer_epoch_wait_for_its_open() -> None:
     hopper = Hopper(1)
     assert hopper.receive(m.Forward("s", (2, OWNER), 0, 2, rows(0, 2)), "hop0") == []
     effects = hopper.open(opening(1, counter=2))
-    assert only(effects, s.Compute).n == 2
+    assert only(effects, t.Compute).n == 2
     assert hopper.open(opening(1, counter=2)) != []
     assert hopper.core._early.frames == hopper.core._early.bytes == 0
 
@@ -930,7 +930,7 @@ def test_a_surviving_middle_hop_keeps_what_was_accepted(accepted: int, kept: int
     hopper.forward(0, 4)
     hopper.compute()
     effects = hopper.open(opening(1, counter=2, accepted=accepted))
-    assert events(effects) == [s.Truncate(hopper.key, kept)]
+    assert events(effects) == [t.Truncate(hopper.key, kept)]
     assert sends(effects) == [(OWNER, m.Opened("s", (2, OWNER), 1, kept)), ("hop0", m.Gap("s", (2, OWNER), kept))]
 
 
@@ -950,7 +950,7 @@ def test_a_surviving_sampler_draws_the_last_position_again() -> None:
     hopper.compute(token=31)  # the owner did not get this one
     effects = hopper.open(opening(2, counter=2, drawn=(30,)))
     assert only(effects, m.Opened).kept == 4
-    assert only(hopper.forward(4, 1), s.Compute).sample
+    assert only(hopper.forward(4, 1), t.Compute).sample
     assert only(hopper.compute(token=31), m.Token).position == 5
 
 
@@ -1088,7 +1088,7 @@ def test_the_first_hop_asks_the_sampler_for_tokens() -> None:
 def test_progress_acknowledges() -> None:
     hopper = Hopper(0)
     hopper.feed(4, *[30] * 50)
-    assert only(hopper.receive(m.Progress("s", (1, OWNER), 9), OWNER), s.Compute).n == 5
+    assert only(hopper.receive(m.Progress("s", (1, OWNER), 9), OWNER), t.Compute).n == 5
 
 
 def test_only_the_owner_is_told() -> None:
