@@ -49,8 +49,9 @@ from node.claims import Claims
 from node.config import NodeConfig
 from node.coordinator import LOCAL, Coordinator, Pace, decode_placement
 from node.durable import Durable
-from node.entry import Entry, LiveGeneration
+from node.entry import Entry
 from node.folder import DataFolder
+from node.generation import LiveGeneration
 from node.identity import SealKey
 from node.lag import LagMeter
 from node.loader import Loader

@@ -17,7 +17,8 @@ from mesh.errors import CapacityError, Leaving, MeshError, PeerError, PeerUnreac
 from mesh.types import NodeId
 from mesh.view import MeshView
 from node.api.service import CancelReason, EndEvent, Event, GenerationRequest, PromptEvent, Recovery, TokenEvent
-from node.entry import Entry, LiveGeneration
+from node.entry import Entry
+from node.generation import LiveGeneration
 from node.net.calls import ERRORS_BY_CODE
 from node.peers import Peers
 

@@ -8,7 +8,7 @@ from mesh.pipeline.events import State
 from mesh.types import LayerSpan, NodeProfile, Priority
 from mesh.view import MemberView, MeshView
 from node.advice import failover_gap
-from node.entry import LiveGeneration
+from node.generation import LiveGeneration
 
 
 def status_document(

@@ -18,8 +18,10 @@ from mesh.pipeline.journal import Adopt
 from mesh.types import Hop, ModelId, Route, SamplingParams
 from mesh.view import MemberView, MeshView
 from node import entry as module
+from node import generation as generations
 from node.api.service import EndEvent, GenerationRequest, PromptEvent, TokenEvent
-from node.entry import Entry, LiveGeneration
+from node.entry import Entry
+from node.generation import LiveGeneration
 from tests.mesh.views import member, view
 
 PROMPT = (1, 2, 3, 4, 5, 6)
@@ -376,7 +378,7 @@ async def test_the_sessions_deadline_rings(world: World) -> None:
     ],
 )
 def test_each_failure_is_an_error_of_the_tree(code: Any, kind: type[MeshError]) -> None:
-    error = module._last_of(core.Failed(code, "why", 7.0))
+    error = generations._last_of(core.Failed(code, "why", 7.0))
     assert (type(error), str(error)) == (kind, "why")
     assert isinstance(error, MeshError)
     assert error.code == {"busy": "rate_limit_exceeded", "dead_end": "grammar_dead_end"}.get(code, code)
@@ -542,7 +544,7 @@ async def test_what_is_owned_here_is_not_adopted_again(world: World) -> None:
 async def test_an_adopted_session_waits_for_a_reader_and_then_ends(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "ORPHAN_S", 0.01)
+    monkeypatch.setattr(generations, "ORPHAN_S", 0.01)
     world.entry.adopt(adoption())
     world.entry.adopt(adoption("batch", priority="batch"))
     async with asyncio.timeout(5.0):
@@ -638,7 +640,7 @@ async def test_a_hop_that_is_to_go_is_moved_to_a_node_that_stays() -> None:
 
 
 async def test_results_are_bounded(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "RESULT_BYTES", (len(PROMPT) + 4) * module.TOKEN_BYTES + 2 * module.TOP_BYTES)
+    monkeypatch.setattr(module, "RESULT_BYTES", (len(PROMPT) + 4) * generations.TOKEN_BYTES + 2 * generations.TOP_BYTES)
     for name in ("one", "two", "three"):
         world.draw(await world.open(request(name)), 30, STOP)
     assert [world.entry.get(name) is not None for name in ("one", "two", "three")] == [False, False, True]
@@ -652,7 +654,7 @@ async def test_log_probabilities_count_among_what_results_take(world: World) -> 
     before = generation.bytes
     top = tuple((token, -1.0) for token in range(20))
     world.say(m.Token("s", generation.session.epoch, generation.session.accepted, 30, -1.0, top), "b")
-    assert generation.bytes - before == module.TOKEN_BYTES + 20 * module.TOP_BYTES
+    assert generation.bytes - before == generations.TOKEN_BYTES + 20 * generations.TOP_BYTES
 
 
 async def test_a_prompt_that_no_frame_can_carry_is_refused_before_anything_begins(world: World) -> None:

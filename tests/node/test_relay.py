@@ -18,7 +18,7 @@ from mesh.pipeline import messages as m
 from mesh.types import NodeId
 from node import relay
 from node.api.service import EndEvent, TokenEvent
-from node.entry import LiveGeneration
+from node.generation import LiveGeneration
 from node.peers import Peers
 from tests.mesh.views import member
 from tests.node.test_entry import STOP, World, request
