@@ -125,7 +125,7 @@ def _quantize(text: str) -> str:
 
 def _device(text: str) -> str:
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", text):
-        raise ValueError("must be auto, cpu or cuda:N")
+        raise ValueError("must be auto, cpu, cuda or cuda:N, one device a node")
     return text
 
 
@@ -159,7 +159,7 @@ SETTINGS = (
     Setting("api", parse_address, "public HTTP API [127.0.0.1:9000]", "HOST:PORT"),
     Setting("data_dir", _folder, "identity, state and cached weights [~/.local/share/murmur]", "DIR"),
     Setting("name", _name, "shown in status [host name]", "NAME"),
-    Setting("device", _device, "where layers are computed [auto]", "auto|cpu|cuda:N"),
+    Setting("device", _device, "where layers are computed [auto]", "auto|cpu|cuda|cuda:N"),
     Setting("memory", parse_size, "for weights, keys and values [60 % of what is free]", "SIZE"),
     Setting("weight_memory", parse_size, "how much of it weights may take [70 % of --memory]", "SIZE"),
     Setting("threads", _count(1), "compute threads [this node's share of the cores]", "N"),

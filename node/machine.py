@@ -27,9 +27,13 @@ WEIGHT_SHARE = 0.7
 class Machine:
     """One machine as its node uses it."""
 
-    def __init__(self, config: NodeConfig, flops: float, bandwidth: float) -> None:
+    def __init__(
+        self, config: NodeConfig, flops: float, bandwidth: float, device: str = "cpu", free: int | None = None
+    ) -> None:
+        """``free``: bytes of the device's memory; ``None``: what the system says of the CPU's."""
         self.holds_layers = holds_layers(config)
-        self.memory_bytes = config.memory or int(free_memory() * MEMORY_SHARE)
+        self.device = device
+        self.memory_bytes = config.memory or int((free_memory() if free is None else free) * MEMORY_SHARE)
         self.weight_bytes = min(self.memory_bytes, config.weight_memory or int(self.memory_bytes * WEIGHT_SHARE))
         self.kv_bytes = self.memory_bytes - self.weight_bytes if self.holds_layers else 0
         self.threads = config.threads or os.cpu_count() or 1
@@ -39,7 +43,7 @@ class Machine:
         """The dtype that this node offers models in: what its processor multiplies fast (docs/decisions/0011)."""
         from node.engine.probe import serving_dtype
 
-        return serving_dtype(config.dtype)
+        return serving_dtype(config.dtype, self.device)
 
     @staticmethod
     def quantize(config: NodeConfig) -> str:
@@ -51,7 +55,7 @@ class Machine:
             return NoEngine()
         from node.engine.engine import Engine, EngineConfig
 
-        wanted = EngineConfig(kv_bytes=self.kv_bytes, threads=self.threads, exact=config.exact)
+        wanted = EngineConfig(kv_bytes=self.kv_bytes, threads=self.threads, device=self.device, exact=config.exact)
         return Engine(wanted, vocabularies)
 
     async def check_servable(self, model: ModelInfo, folder: Path) -> None:
@@ -62,7 +66,8 @@ class Machine:
             from node.engine.span import Part
 
             part = Part.of_span(0, 1, model.n_layers)
-            await asyncio.to_thread(prepare, folder, part, model.dtype, "off", self.threads, model.quantize)
+            how = ("off", self.threads, model.quantize, self.device)
+            await asyncio.to_thread(prepare, folder, part, model.dtype, *how)
 
     @staticmethod
     def needed_tensors(folder: Path, names: Sequence[str], start: int, end: int) -> list[str]:
@@ -154,13 +159,20 @@ def free_memory() -> int:
 
 
 async def measure(config: NodeConfig) -> Machine:
-    """A small product and a small matrix-vector product on the device that will serve (well under a second)."""
-    if config.device.startswith("cuda"):
-        raise ConfigError(f"--device {config.device}: this version computes on the CPU only")
+    """A small product and a small matrix-vector product on the device that will serve (well under a second).
+
+    Raises ``ConfigError`` where there is no such device.
+    """
     if not holds_layers(config):
         return Machine(config, 0.0, 0.0)
-    from node.engine.probe import probe, serving_dtype
+    return await asyncio.to_thread(_measured, config)
 
+
+def _measured(config: NodeConfig) -> Machine:
+    from node.engine.probe import device_memory, probe, serving_device, serving_dtype
+
+    device = serving_device(config.device)
+    free = None if device == "cpu" else device_memory(device)
     threads = config.threads or os.cpu_count() or 1
-    found = await asyncio.to_thread(probe, threads, serving_dtype(config.dtype))
-    return Machine(config, found.flops, found.bandwidth)
+    found = probe(threads, serving_dtype(config.dtype, device), device)
+    return Machine(config, found.flops, found.bandwidth, device, free)

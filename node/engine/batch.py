@@ -87,8 +87,8 @@ class Batch:
         """Rows of the forward: the last one is repeated to a multiple of ``multiple``."""
         positions = [p for r in rows for p in range(r.start, r.start + r.n)]
         positions += positions[-1:] * (self.padded_count - self.count)
-        self.positions = torch.tensor(positions, device=device)
         self._device = device
+        self.positions = self._numbers(positions)
         self._masks: dict[tuple[int, int, int], Mask] = {}
         self._rules: list[MaskRule | None] = []
         self._buffers: dict[tuple[int, tuple[int, ...]], tuple[torch.Tensor, torch.Tensor]] = {}
@@ -118,8 +118,8 @@ class Batch:
         positions = [-1] * (high - low)
         for r in rows:
             positions[r.place.slot - low] = r.start
-        where = None if high - low == len(rows) else torch.tensor([r.place.slot - low for r in rows])
-        found = torch.tensor(positions, device=self._device)
+        where = None if high - low == len(rows) else self._numbers([r.place.slot - low for r in rows])
+        found = self._numbers(positions)
         return Run(rows[0].place.extent, first, last, low, high, keys, where, found)
 
     def _make_tiles(self, rows: Sequence[Rows]) -> Any:
@@ -144,10 +144,13 @@ class Batch:
             whole = len(taken) == self.count
             yield Write(
                 extent,
-                None if whole else torch.tensor(taken, device=self._device),
-                torch.tensor(index, device=self._device),
+                None if whole else self._numbers(taken),
+                self._numbers(index),
                 tuple(self._fresh_tail(r) for _, r in members if (r.start + r.n - 1) // PAGE * PAGE >= r.start),
             )
+
+    def _numbers(self, values: list[int]) -> torch.Tensor:
+        return torch.tensor(values).to(self._device)
 
     @staticmethod
     def _fresh_tail(r: Rows) -> tuple[int, int, int]:

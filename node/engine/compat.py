@@ -51,7 +51,7 @@ class CompatState:
             if hasattr(layer, "cumulative_length"):
                 layer.cumulative_length = self.length
             if self.length and hasattr(layer, "keys"):
-                layer.keys = layer.values = torch.zeros(1).expand(1, 1, self.length, 1)
+                layer.keys = layer.values = torch.zeros(1, device=self.shard.device).expand(1, 1, self.length, 1)
                 layer.is_initialized = True
 
     def cut(self, length: int) -> bool:

@@ -32,6 +32,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     kv_bytes: int = 1 << 30
     """For keys and values of all sequences together."""
     threads: int = 1
+    device: str = "cpu"
+    """Where weights, keys and values lie and layers are computed: ``cpu`` or ``cuda:N``."""
     exact: Literal["auto", "on", "off"] = "auto"
     """``on`` refuses spans that fail the self-test, ``off`` skips it and advertises nothing."""
     step_rows: int = 512
@@ -161,8 +163,8 @@ class Engine:
     async def _prepare(self, folder: Path, part: Part, dtype: str, quantize: str) -> Prepared:
         from node.engine.loading import prepare
 
-        exact, threads = self.config.exact, self.config.threads
-        return await asyncio.to_thread(prepare, folder, part, dtype, exact, threads, quantize)
+        how = (self.config.exact, self.config.threads, quantize, self.config.device)
+        return await asyncio.to_thread(prepare, folder, part, dtype, *how)
 
     async def unload(self, span: LayerSpan) -> None:
         """Serve nothing of ``span.model`` any more; its memory is free when the last session on it is closed."""

@@ -111,33 +111,36 @@ def _same(found: Outputs, expected: Outputs) -> bool:
     return all(torch.equal(torch.cat(a), torch.cat(b)) for a, b in zip(found, expected, strict=True))
 
 
-def hardware_class(device: str, dtype: torch.dtype) -> str:
-    """Nodes of one class give the same bits: device kind, instruction set, torch build, and a hash of bits computed.
+def hardware_class(device: torch.device, dtype: torch.dtype) -> str:
+    """Nodes of one class give the same bits: device kind and chip, torch build, and a hash of bits computed there.
 
     The hash covers what the other parts cannot name: caches and libraries that change how kernels block their sums.
     """
-    kind = torch.device(device).type
+    kind = device.type
     chip = torch.cuda.get_device_name(device) if kind == "cuda" else torch.backends.cpu.get_cpu_capability()
-    return "/".join((kind, platform.machine(), str(chip), f"torch{torch.__version__}", str(dtype)[6:], _bits(dtype)))
+    return "/".join(
+        (kind, platform.machine(), str(chip), f"torch{torch.__version__}", str(dtype)[6:], _bits(dtype, device))
+    )
 
 
 @torch.inference_mode()
-def _bits(dtype: torch.dtype) -> str:
+def _bits(dtype: torch.dtype, device: torch.device) -> str:
     """Eight hex digits over products, attention and elementwise functions of fixed numbers."""
     digest = hashlib.sha256()
 
     def fixed(*shape: int) -> torch.Tensor:
         count = torch.Size(shape).numel()
-        return ((torch.arange(count) * 2654435761 % 2003).double() / 2003 - 0.5).to(dtype).view(shape)
+        return ((torch.arange(count) * 2654435761 % 2003).double() / 2003 - 0.5).to(dtype).view(shape).to(device)
 
     for size, out in ((64, 192), (768, 2048), (2048, 768)):
         x, weight = fixed(8, size), fixed(out, size)
         found = [F.linear(x, weight)]
-        if products.can_pack(dtype, torch.device("cpu")):
+        if products.can_pack(dtype, device):
             found.append(products.Float(weight)(x, None))
-        if products.can_halve(dtype, torch.device("cpu")):
+        if products.can_halve(dtype, device):
             found.append(products.Half(weight)(x, None))
-        found.append(products.Int8(weight)(x, None))
+        if device.type == "cpu":  # quantized products exist there only
+            found.append(products.Int8(weight)(x, None))
         wide = found[0].float()
         found += [
             F.silu(found[0]),
@@ -146,7 +149,7 @@ def _bits(dtype: torch.dtype) -> str:
             torch.linalg.vector_norm(wide, 2, -1),
         ]
         for tensor in found:
-            digest.update(tensor.float().numpy().tobytes())
+            digest.update(tensor.float().cpu().numpy().tobytes())
     q, k = fixed(1, 8, 4, 64), fixed(1, 2, 640, 64)
-    digest.update(F.scaled_dot_product_attention(q, k, k, enable_gqa=True).float().numpy().tobytes())
+    digest.update(F.scaled_dot_product_attention(q, k, k, enable_gqa=True).float().cpu().numpy().tobytes())
     return digest.hexdigest()[:8]

@@ -20,6 +20,7 @@ from node.engine.shard import Shard
 from node.engine.shared import PageStore
 from node.engine.shipping import piece_positions, read_pages, write_pages
 from node.engine.span import Part
+from node.engine.transfer import host_empty, to_host
 
 
 class Piece(msgspec.Struct, frozen=True):
@@ -105,7 +106,7 @@ class Holding:
         if not isinstance(place, Place) or start != sequence.length or start + n > spec.max_positions:
             return False
         try:
-            write_pages(place, range(spec.start, spec.end), start, n, self.shard.dtype, piece)
+            write_pages(place, range(spec.start, spec.end), start, n, self.shard.dtype, self.shard.device, piece)
         except ValueError:
             return False
         sequence.length += n
@@ -152,7 +153,8 @@ class Holding:
         if start == 0:
             ids = [t for p in pieces for t in p.sequence.queue[0].tokens[self._offset(p) : self._offset(p) + p.n]]
             return torch.tensor(ids)
-        given = torch.empty(sum(p.n for p in pieces), self.shard.hidden_size, dtype=self.shard.dtype)
+        shape = (sum(p.n for p in pieces), self.shard.hidden_size)
+        given = host_empty(shape, self.shard.dtype, self.shard.device)
         target = memoryview(given.view(torch.uint8).numpy()).cast("B")
         size, at = self.shard.hidden_size * self.shard.dtype.itemsize, 0
         for p in pieces:
@@ -198,7 +200,7 @@ class Holding:
         broken = self._broken(logits, heads)
         scores, drawn = self._scores(pieces, logits, heads), self._drawn(pieces, logits, heads, broken)
         passes_on = end < self.shard.layout.n_layers
-        raw = memoryview(hidden.contiguous().view(torch.uint8).numpy()).cast("B") if passes_on else None
+        raw = memoryview(to_host(hidden.contiguous()).view(torch.uint8).numpy()).cast("B") if passes_on else None
         size = self.shard.hidden_size * self.shard.dtype.itemsize
         results, at = [], 0
         for i, p in enumerate(pieces):

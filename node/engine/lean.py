@@ -76,7 +76,7 @@ class RmsNorm:
             return None
         if weight.device.type == "meta" or len(dict(module.named_parameters())) != 1:
             return None
-        x = torch.linspace(-3, 5, 2 * weight.shape[0], dtype=weight.dtype).view(2, -1)
+        x = torch.linspace(-3, 5, 2 * weight.shape[0], dtype=weight.dtype, device=weight.device).view(2, -1)
         x[1] *= eps**0.5  # where eps matters
         expected = module(x).float()
         for form in (weight.detach(), 1.0 + weight.detach()):

@@ -33,25 +33,34 @@ class Prepared(msgspec.Struct, frozen=True):
     """Why it is not packed."""
 
 
-def prepare(folder: Path, part: Part, dtype: str, exactness: str, threads: int, quantize: str = "") -> Prepared:
-    """Load ``part`` from ``folder``.  Raises ``ConfigError`` naming the model's kind and why it cannot serve."""
+def prepare(
+    folder: Path, part: Part, dtype: str, exactness: str, threads: int, quantize: str = "", device: str = "cpu"
+) -> Prepared:
+    """Load ``part`` from ``folder`` onto ``device``.
+
+    Raises ``ConfigError`` naming the model's kind and why it cannot serve.
+    """
     with ONE_AT_A_TIME:
         try:
-            return _prepare(folder, part, dtype, exactness, threads, quantize)
+            return _prepare(folder, part, dtype, exactness, threads, quantize, torch.device(device))
         except (ConfigError, AssertionError):
             raise
         except Exception as error:  # a model's code is its authors': whatever it raises, this node cannot serve it
             raise ConfigError(f"{Path(folder).name} cannot be loaded: {type(error).__name__}: {error}") from error
 
 
-def _prepare(folder: Path, part: Part, dtype: str, exactness: str, threads: int, quantize: str) -> Prepared:
+def _prepare(
+    folder: Path, part: Part, dtype: str, exactness: str, threads: int, quantize: str, device: torch.device
+) -> Prepared:
+    if quantize and device.type != "cpu":
+        raise ConfigError(f"{Path(folder).name}: {quantize} weights are computed on the CPU only, not on {device}")
     torch.set_num_threads(threads)
     attention.register()
     experts.register()
     config = read_config(folder)
     served = getattr(torch, dtype)
     size = config.get_text_config(decoder=True).hidden_size
-    shard = _load(folder, config, part, served, products.form_of(size, served, torch.device("cpu"), quantize))
+    shard = _load(folder, config, part, served, products.form_of(size, served, device, quantize), device)
     runs = _runs(part.layers)
     checks = [check(shard, start, end) for start, end in runs]
     mode: Mode = "packed" if all(c.mode == "packed" for c in checks) else "compat"
@@ -62,14 +71,16 @@ def _prepare(folder: Path, part: Part, dtype: str, exactness: str, threads: int,
         raise ConfigError(f"{config.model_type}: not exact on this machine, and --exact on asks for it")
     why = next((c.why for c in checks if c.why), "")
     trim()
-    return Prepared(shard, mode, layer_bytes, same, exact.hardware_class("cpu", served), why)
+    return Prepared(shard, mode, layer_bytes, same, exact.hardware_class(device, served), why)
 
 
-def _load(folder: Path, config: Any, part: Part, dtype: torch.dtype, form: products.Form) -> Shard:
+def _load(
+    folder: Path, config: Any, part: Part, dtype: torch.dtype, form: products.Form, device: torch.device
+) -> Shard:
     """Piece by piece: each is laid out before the next is read, so that a second copy is never one of the whole."""
     shard: Shard | None = None
     for piece in _pieces(part, _layer_bytes(folder, config)):
-        loaded = Shard(load_part(folder, config, piece, dtype), piece, form)
+        loaded = Shard(load_part(folder, config, piece, dtype), piece, form, device)
         if shard is None:
             shard = loaded
         else:

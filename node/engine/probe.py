@@ -9,8 +9,12 @@ from collections.abc import Callable
 
 import msgspec
 
+from mesh.errors import ConfigError
+
 BUDGET_S = 0.4
 """For all measurements together."""
+QUEUED = 8
+"""Runs between two waits for a GPU, so that the wait is not what is measured."""
 
 
 class Speed(msgspec.Struct, frozen=True):
@@ -20,6 +24,33 @@ class Speed(msgspec.Struct, frozen=True):
     """Multiply-adds x 2 a second of a product of many rows: what prefill runs at."""
     bandwidth: float
     """Bytes of weights a second of a product of few rows: what decoding runs at."""
+
+
+def serving_device(requested: str = "auto") -> str:
+    """``cpu`` or ``cuda:N``.  ``auto`` is the CPU (docs/decisions/0079).
+
+    Raises ``ConfigError`` where there is no such device.
+    """
+    if not requested.startswith("cuda"):
+        return "cpu"
+    import torch
+
+    if not torch.cuda.is_available():
+        built = torch.version.cuda
+        why = f"torch {torch.__version__} is built {f'for CUDA {built} but finds no GPU' if built else 'without CUDA'}"
+        raise ConfigError(f"--device {requested}: {why}; use --device cpu, or install what is missing")
+    number, count = int(requested.partition(":")[2] or 0), torch.cuda.device_count()
+    if number >= count:
+        raise ConfigError(f"--device {requested}: there is no such GPU here, only cuda:0 to cuda:{count - 1}")
+    return f"cuda:{number}"
+
+
+def device_memory(device: str) -> int:
+    """Bytes of ``device``, a GPU, that are free now."""
+    import torch
+
+    free, _ = torch.cuda.mem_get_info(device)
+    return free
 
 
 def serving_dtype(requested: str = "auto", device: str = "cpu") -> str:
@@ -47,24 +78,35 @@ def probe(threads: int, dtype: str, device: str = "cpu") -> Speed:
 
     torch.set_num_threads(threads)
     kind = getattr(torch, dtype)
-    size, rows = 2048, 128
+    gpu = device.startswith("cuda")
+    size, rows = (8192, 2048) if gpu else (2048, 128)
     # Together past most last-level caches, so that few rows are bound by memory.
     weights = [torch.ones(size, size, dtype=kind, device=device) for _ in range(4)]
     form = products.Float if products.can_pack(kind, torch.device(device)) else products.Plain
     layers = itertools.cycle([form(weight) for weight in weights])
     many, few = torch.ones(rows, size, dtype=kind, device=device), torch.ones(1, size, dtype=kind, device=device)
     with torch.inference_mode():
-        slow, fast = _seconds(lambda: next(layers)(many, None)), _seconds(lambda: next(layers)(few, None))
+        wait = (lambda: torch.cuda.synchronize(device)) if gpu else None
+        slow = _seconds(lambda: next(layers)(many, None), wait)
+        fast = _seconds(lambda: next(layers)(few, None), wait)
     return Speed(2.0 * rows * size * size / slow, size * size * kind.itemsize / fast)
 
 
-def _seconds(run: Callable[[], object]) -> float:
-    """The median over a quarter of the budget; at least one run after a warm-up."""
+def _seconds(run: Callable[[], object], wait: Callable[[], object] | None) -> float:
+    """The median over a quarter of the budget; at least one run after a warm-up.
+
+    ``wait``: until a device that is only told what to do has done it; it is told ``QUEUED`` runs at a time.
+    """
+    runs = QUEUED if wait else 1
+    wait = wait or (lambda: None)
     run()
+    wait()
     taken: list[float] = []
     deadline = time.perf_counter() + BUDGET_S / 4
     while not taken or time.perf_counter() < deadline:
         began = time.perf_counter()
-        run()
-        taken.append(time.perf_counter() - began)
+        for _ in range(runs):
+            run()
+        wait()
+        taken.append((time.perf_counter() - began) / runs)
     return statistics.median(taken)

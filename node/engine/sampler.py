@@ -4,6 +4,9 @@ Per row: bias, penalties and bans, then the grammar's mask, then temperature; th
 by top-k, min-p and top-p (each keeps a prefix of that order), and the number drawn picks one by the cumulated
 probabilities.  The first 256 tokens nearly always decide; a row whose cut lies past them is sorted whole.  Every
 operation works on rows apart, so that a row's token does not depend on the batch.
+
+Scores are shaped and put in order where the logits lie; of the ordered ones the first 256 come to the CPU, where the
+token is picked: the same arithmetic on every device, and no device is asked for a handful of tiny products.
 """
 
 from __future__ import annotations
@@ -101,12 +104,12 @@ def _shape(scores: torch.Tensor, row: Row) -> None:
     p = row.params
     size = scores.shape[0]
     if p.repetition_penalty != 1.0 and row.tokens:
-        seen = torch.tensor(sorted({t for t in row.tokens if 0 <= t < size}), dtype=torch.long)
+        seen = torch.tensor(sorted({t for t in row.tokens if 0 <= t < size}), dtype=torch.long).to(scores.device)
         known = scores[seen]
         scores[seen] = torch.where(known > 0, known / p.repetition_penalty, known * p.repetition_penalty)
     generated = row.tokens[row.prompt_length :]
     if (p.presence_penalty or p.frequency_penalty) and generated:
-        counts = torch.bincount(torch.tensor(generated, dtype=torch.long), minlength=size)[:size]
+        counts = torch.bincount(torch.tensor(generated, dtype=torch.long), minlength=size)[:size].to(scores.device)
         scores -= p.frequency_penalty * counts + p.presence_penalty * (counts > 0)
     for token, bias in p.logit_bias.items():
         if 0 <= token < size:
@@ -114,7 +117,7 @@ def _shape(scores: torch.Tensor, row: Row) -> None:
     if _too_short(row):
         scores[[t for t in p.stop_token_ids if 0 <= t < size]] = float("-inf")
     if row.allowed is not None:
-        scores.masked_fill_(~row.allowed, float("-inf"))
+        scores.masked_fill_(~row.allowed.to(scores.device), float("-inf"))
 
 
 # -- picking -----------------------------------------------------------------------------------------------------------
@@ -122,13 +125,13 @@ def _shape(scores: torch.Tensor, row: Row) -> None:
 
 def _pick(scores: torch.Tensor, rows: Sequence[Row]) -> list[int]:
     """Draw from ``scores`` [n, V] by each row's temperature, top-k, top-p, min-p, seed and position."""
-    temperatures = torch.tensor([row.params.temperature for row in rows], dtype=torch.float32)
-    scores = scores / temperatures.clamp_min(1e-5)[:, None]
-    total = scores.logsumexp(-1, keepdim=True)
-    top, order = scores.topk(min(FIRST, scores.shape[1]), -1)
+    temperatures = torch.tensor([row.params.temperature for row in rows], dtype=torch.float32).clamp_min(1e-5)
+    scores = scores / temperatures.to(scores.device)[:, None]
+    total = scores.logsumexp(-1, keepdim=True).cpu()
+    top, order = (t.cpu() for t in scores.topk(min(FIRST, scores.shape[1]), -1))
     tokens, open_rows = _from_ordered(top, order, total, rows, whole=top.shape[1] == scores.shape[1])
     for i in open_rows:
-        ranked, order = torch.sort(scores[i : i + 1], dim=-1, descending=True, stable=True)
+        ranked, order = (t.cpu() for t in torch.sort(scores[i : i + 1], dim=-1, descending=True, stable=True))
         tokens[i] = _from_ordered(ranked, order, total[i : i + 1], [rows[i]], whole=True)[0][0]
     return tokens
 
@@ -186,7 +189,7 @@ def _with_logprobs(raw: torch.Tensor, rows: Sequence[Row], tokens: list[int]) ->
 def score(logits: torch.Tensor, tokens: Sequence[int], counts: Sequence[int]) -> list[TokenScore]:
     """Log-probabilities, before temperature and penalties, of ``tokens`` and of each row's ``counts`` most likely."""
     chances = logits.float() - logits.float().logsumexp(-1, keepdim=True)
-    own = chances.gather(1, torch.tensor(list(tokens))[:, None])[:, 0].tolist()
+    own = chances.gather(1, torch.tensor(list(tokens)).to(chances.device)[:, None])[:, 0].tolist()
     most = min(max(counts, default=0), chances.shape[1])
     values, order = (t.tolist() for t in chances.topk(most, -1))
     tops = [tuple(zip(order[i][:n], values[i][:n], strict=True)) for i, n in enumerate(counts)]

@@ -19,6 +19,8 @@ from node.engine.batch import Batch
 from node.engine.lean import LeanLayer, lean_form
 from node.engine.span import Absent, Layout, Part, Skipped, copy_scalars, replace_module
 
+CPU = torch.device("cpu")
+
 
 class _Flow:
     """What the slots of one model share during a forward."""
@@ -100,12 +102,12 @@ class LayersHandOnMore(Exception):
 class Shard:
     """The loaded part of one model.  Not for two threads at once."""
 
-    def __init__(self, model: Any, part: Part, form: products.Form) -> None:
-        """Take over ``model`` as ``load_part`` gave it; ``form``: how its weights are laid out."""
+    def __init__(self, model: Any, part: Part, form: products.Form, device: torch.device = CPU) -> None:
+        """Take ``model`` as ``load_part`` gave it, to ``device``; ``form``: how its weights are laid out."""
         self.model, self.part, self.form = model, part, form
         self.layout: Layout = model._layout
         self.config = model.config
-        self.device = torch.device("cpu")
+        self.device = device
         self.dtype: torch.dtype = model.dtype
         self.hidden_size: int = self.config.get_text_config(decoder=True).hidden_size
         self.masked = True
@@ -121,8 +123,11 @@ class Shard:
         layers = self._layers
         for index in range(len(layers)):
             layers[index] = Slot(index, layers[index], self._flow)
+        if device.type != "cpu":
+            model.to(device)
         self._pack(part)
-        _leave_files(model)
+        if device.type == "cpu":  # what was moved is a copy already
+            _leave_files(model)
         for index in part.layers:
             layers[index].lean = lean_form(layers[index].layer)
 
@@ -243,12 +248,16 @@ class Shard:
     def run(
         self, start: int, end: int, given: torch.Tensor, options: dict[str, Any], rows: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The model's own forward.  ``given`` [1, T] ids or [1, T, H] -> hidden [1, T, H], logits of ``rows``."""
+        """The model's own forward.  ``given`` [1, T] ids or [1, T, H] -> hidden [1, T, H], logits of ``rows``.
+
+        The one door to the device: what is given may lie on the CPU, what is returned lies on the device.
+        """
+        given, rows = self._moved(given), self._moved(rows)
         flow = self._flow
         flow.start, flow.end, flow.out, flow.beside = start, end, None, None
         target = self.model if rows is not None else self._owner
         takes = self._takes[target]
-        options = {name: value for name, value in options.items() if _fits(name, takes)}
+        options = {name: self._moved(value) for name, value in options.items() if _fits(name, takes)}
         if rows is not None and "logits_to_keep" in takes:
             options["logits_to_keep"] = rows
         if start == 0:
@@ -268,6 +277,10 @@ class Shard:
             return out, None
         logits = answer.logits[0]
         return out, logits if "logits_to_keep" in takes else logits[rows]
+
+    def _moved(self, value: Any) -> Any:
+        """A tensor on the device; anything else as it is.  Pinned memory is left without waiting for the copy."""
+        return value.to(self.device, non_blocking=True) if isinstance(value, torch.Tensor) else value
 
     def learn_form(self, start: int) -> None:
         """One forward of two rows through layer ``start``, to learn whether layers return tuples."""

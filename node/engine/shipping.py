@@ -10,6 +10,7 @@ import torch
 
 from node.engine.kv_cache import Place
 from node.engine.pages import padded
+from node.engine.transfer import to_host
 
 PIECE_BYTES = 2 << 20
 PIECE_POSITIONS = 512
@@ -45,12 +46,14 @@ def read_pages(place: Place, layers: range, start: int, n: int) -> bytes:
     shapes = [(t.shape[1], t.shape[2]) for t in tensors]
     kinds = tuple(Layer(key, value) for key, value in zip(shapes[::2], shapes[1::2], strict=True))
     header = msgspec.msgpack.encode(Header(n, _name(tensors[0].dtype), kinds))
-    body = [memoryview(t.contiguous().view(torch.uint8).numpy()).cast("B") for t in tensors]
+    body = [memoryview(to_host(t.contiguous()).view(torch.uint8).numpy()).cast("B") for t in tensors]
     return b"".join([len(header).to_bytes(4, "big"), header, *body])
 
 
-def write_pages(place: Place, layers: range, start: int, n: int, dtype: torch.dtype, piece: memoryview) -> None:
-    """Write what ``read_pages`` read of the same positions.  ``ValueError``: it is not that."""
+def write_pages(
+    place: Place, layers: range, start: int, n: int, dtype: torch.dtype, device: torch.device, piece: memoryview
+) -> None:
+    """Write what ``read_pages`` read of the same positions, on ``device``.  ``ValueError``: it is not that."""
     length = int.from_bytes(piece[:4], "big")
     try:
         header = _decode(piece[4 : 4 + length])
@@ -64,7 +67,7 @@ def write_pages(place: Place, layers: range, start: int, n: int, dtype: torch.dt
     )
     if len(body) != wanted or min(min(layer.key + layer.value) for layer in header.layers) < 1:
         raise ValueError(f"{len(body)} bytes of keys and values, {wanted} were announced")
-    flat = torch.frombuffer(bytearray(body), dtype=dtype)
+    flat = torch.frombuffer(bytearray(body), dtype=dtype).to(device)
     for index, layer in zip(layers, header.layers, strict=True):
         key, flat = _first(flat, (n, *layer.key))
         value, flat = _first(flat, (n, *layer.value))

@@ -53,7 +53,7 @@ def test_help_is_quick() -> None:
         (["--memory", "12Gx"], ["--memory", "12Gx"]),
         (["--role", "boss"], ["--role", "witness"]),
         (["--listen", "0.0.0.0:0"], ["--advertise"]),
-        (["--device", "cuda:0"], ["--device cuda:0", "CPU"]),
+        (["--device", "cuda:0"], ["--device cuda:0", "--device cpu"]),
         (["--role", "witness", "--api", "0.0.0.0:0"], ["--api-advertise"]),
         (["--role", "witness", "--api", "0.0.0.0:0", "--api-advertise", "http://10.0.0.9:9000"], ["API key"]),
     ],

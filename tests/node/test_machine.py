@@ -117,9 +117,42 @@ async def test_a_role_without_layers_measures_nothing() -> None:
     assert (made._flops, made._bandwidth) == (0.0, 0.0)
 
 
-async def test_no_cuda_yet() -> None:
-    with pytest.raises(ConfigError, match=r"--device cuda:1: .*CPU only"):
-        await machine.measure(NodeConfig(device="cuda:1"))
+async def test_a_device_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match=r"--device cuda: torch .* is built .*; use --device cpu"):
+        await machine.measure(NodeConfig(device="cuda"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ConfigError, match=r"--device cuda:2: .* only cuda:0 to cuda:1"):
+        await machine.measure(NodeConfig(device="cuda:2"))
+
+
+@pytest.mark.parametrize(
+    ("asked", "device"), [("auto", "cpu"), ("cpu", "cpu"), ("cuda", "cuda:0"), ("cuda:1", "cuda:1")]
+)
+async def test_memory_and_engine_are_of_the_device(asked: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from node.engine import probe
+
+    measured: list[Any] = []
+
+    def speed(*how: Any) -> probe.Speed:
+        measured.append(how)
+        return probe.Speed(5.0, 7.0)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(probe, "probe", speed)
+    monkeypatch.setattr(probe, "device_memory", lambda device: 50 * GIB)
+    monkeypatch.setattr(machine, "free_memory", lambda: 100 * GIB)
+    config = NodeConfig(device=asked, dtype="float16", threads=3)
+    made = await machine.measure(config)
+    assert measured == [(3, "float16", device)]
+    assert made.memory_bytes == (60 if device == "cpu" else 30) * GIB
+    assert made.make_engine(config, Vocabularies()).config.device == device
 
 
 async def test_one_layer_is_tried_before_a_model_is_offered_where_it_fits(
@@ -134,7 +167,7 @@ async def test_one_layer_is_tried_before_a_model_is_offered_where_it_fits(
         await Machine(config, 0.0, 0.0).check_servable(info, tmp_path)
     assert tried == []
     await Machine(NodeConfig(memory=2 * 130, threads=3), 0.0, 0.0).check_servable(info, tmp_path)
-    assert tried == [(tmp_path, (0, 1, 8), "bfloat16", "off", 3, "")]
+    assert tried == [(tmp_path, (0, 1, 8), "bfloat16", "off", 3, "", "cpu")]
 
 
 @pytest.mark.parametrize(

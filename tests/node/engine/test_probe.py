@@ -10,6 +10,8 @@ import torch
 from node.engine.exact import hardware_class
 from node.engine.probe import probe, serving_dtype
 
+CPU = torch.device("cpu")
+
 
 def test_a_probe_is_short_and_plausible() -> None:
     began = time.process_time()
@@ -30,7 +32,7 @@ def test_auto_takes_what_the_device_multiplies_fast() -> None:
 
 
 def test_the_hardware_class_is_stable_and_names_the_dtype() -> None:
-    first = hardware_class("cpu", torch.float32)
-    assert first == hardware_class("cpu", torch.float32)
+    first = hardware_class(CPU, torch.float32)
+    assert first == hardware_class(CPU, torch.float32)
     assert first.startswith("cpu/")
     assert "float32" in first

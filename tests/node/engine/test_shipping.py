@@ -138,7 +138,7 @@ def test_the_rest_of_a_page_is_zero_and_other_slots_are_left_alone() -> None:
     for part in taken[0].extent.layer(0, rows, rows):
         part.fill_(float("nan"))
     piece = memoryview(read_pages(source, range(1), 0, 130))
-    write_pages(taken[1], range(1), 0, 130, torch.float32, piece)
+    write_pages(taken[1], range(1), 0, 130, torch.float32, torch.device("cpu"), piece)
     keys, values = taken[1].extent.tensors(0)
     for part in (keys, values):
         assert torch.equal(part[1, :130], rows)
