@@ -80,16 +80,20 @@ class Runner:
     def _main(self) -> None:
         try:
             torch.set_num_threads(self._threads)
-            while not self._stopping:
-                self._take_in()
-                self._wait_for_fed()
-                sequences = self._sequences.values()
-                plan = plan_step(sequences, self._step_rows, self.pace.chunk_rows(ratio(sequences)))
-                if plan.groups:
-                    self._compute(plan)
+            with torch.inference_mode():  # tensors that a forward made may be written to in no other
+                self._loop()
         except BaseException as error:
             self._died(error)
             raise
+
+    def _loop(self) -> None:
+        while not self._stopping:
+            self._take_in()
+            self._wait_for_fed()
+            sequences = self._sequences.values()
+            plan = plan_step(sequences, self._step_rows, self.pace.chunk_rows(ratio(sequences)))
+            if plan.groups:
+                self._compute(plan)
 
     def _take_in(self) -> None:
         """Run what was posted; with nothing to compute, wait for it."""

@@ -80,6 +80,21 @@ async def test_a_sequence_goes_on_at_another_engine_bit_by_bit(tiny: Tiny, dtype
         await bench.stop()
 
 
+async def test_pages_are_written_beside_a_sequence_that_computes(tiny: Tiny) -> None:
+    """Into tensors that a forward made."""
+    old, new = Bench(), Bench()
+    for bench, key in ((old, "old"), (new, "beside")):
+        await bench.load(tiny("llama"), 1, 3)
+        bench.open(key, 1, 3)
+        bench.open("way", 1, 3)
+        bench.engine.submit(Work(key, 0, 0, 5, hidden=hidden(5)))
+        await bench.next()
+    await ship(old, new, (1, 3), 5, 5)
+    assert await read(new, "way", (1, 3), 0, 5) == await read(old, "old", (1, 3), 0, 5)
+    for bench in (old, new):
+        await bench.stop()
+
+
 async def test_room_passes_from_the_base_to_what_takes_it_over(tiny: Tiny) -> None:
     bench = Bench(kv_bytes=4 * 256 * 128)
     await bench.load(tiny("llama"), 0, 4)
