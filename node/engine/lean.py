@@ -66,7 +66,7 @@ class RmsNorm:
         self.weight, self.eps = weight, eps
         self.shape = tuple(weight.shape)
         self._scaled = weight * self.shape[0] ** 0.5
-        self._least = torch.tensor((eps * self.shape[0]) ** 0.5)
+        self._least = torch.tensor((eps * self.shape[0]) ** 0.5).to(weight.device)
 
     @staticmethod
     def of(module: nn.Module) -> RmsNorm | None:
