@@ -66,6 +66,10 @@ class RoundTrips:
     def median(self) -> float | None:
         return sorted(self._last)[len(self._last) // 2] if self._last else None
 
+    def least(self) -> float | None:
+        """What the wire takes, without the queues of busy nodes."""
+        return min(self._last, default=None)
+
     def direct_timeout_s(self, config: GossipConfig) -> float:
         """clamp(3 x p99 RTT, ...); of so few samples the p99 is the largest."""
         if not self._last:

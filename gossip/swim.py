@@ -211,9 +211,9 @@ class Swim:
         return member.record.address if member else self._seeds.get(node)
 
     def median_rtt_ms(self) -> float:
-        """Median over members of the median round trip; 0 while nothing was measured."""
-        medians = [self._members.get(node) for node in self._members.present]
-        rtts = sorted(rtt for member in medians if member and (rtt := member.rtt.median()) is not None)
+        """Median over members of the shortest of the last round trips; 0 while nothing was measured."""
+        present = [self._members.get(node) for node in self._members.present]
+        rtts = sorted(rtt for member in present if member and (rtt := member.rtt.least()) is not None)
         return rtts[len(rtts) // 2] * 1000.0 if rtts else 0.0
 
     def local_health(self, now: float) -> int:

@@ -13,7 +13,7 @@ from typing import Literal
 import msgspec
 
 from mesh.capacity import NodeCapacity
-from mesh.placement import Placement, survivability
+from mesh.placement import Placement
 from mesh.types import LayerSpan, ModelId, ModelInfo, NodeId, NodeProfile
 
 NEAR_MS = 10.0
@@ -122,8 +122,19 @@ class MeshView(msgspec.Struct, frozen=True):
         return tuple((assigned.node, assigned.span) for assigned in entry.spans) if entry else ()
 
     def survivability(self) -> dict[ModelId, int]:
-        """Of the placement, over the live members that are not draining."""
-        return survivability(self.placement, [m.id for m in self.live() if not m.profile.draining])
+        """How many members, whichever they are, may fail so that all layers are served without loading anything.
+
+        By what live members that are not draining have loaded; -1: some layer is not served even now.
+        """
+        return {entry.model.id: min(self._counts(entry.model), default=0) - 1 for entry in self.placement.models}
+
+    def _counts(self, model: ModelInfo) -> list[int]:
+        """How many members hold each layer."""
+        steady = [m for m in self.live() if not m.profile.draining]
+        return [
+            sum(any(span.covers(layer, layer + 1) for span in member.ready(model.id)) for member in steady)
+            for layer in range(model.n_layers)
+        ]
 
     def sources(self, manifest: str) -> tuple[NodeId, ...]:
         """Where weights may be fetched: members that offer the model whole, then those that hold a span of it.

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import msgspec
 
 from mesh.errors import MeshError, PeerError
-from mesh.placement import Placement, place
+from mesh.placement import Placement, place, survivability
 from mesh.types import NodeId
 from mesh.view import MeshView
 from node.identity import SealKey
@@ -33,9 +33,11 @@ class Pace(msgspec.Struct, frozen=True):
     new_term_s: float = 3.0
     mass_s: float = 15.0
     """The stable time asked for when more than 30 % vanished at once: probably this node is the one cut off."""
+    gain_s: float = 300.0
+    """What measurements alone speak for must be better for so long, at every look."""
 
 
-LOCAL = Pace(stable_s=0.6, between_s=2.0, new_term_s=1.0, mass_s=5.0)
+LOCAL = Pace(stable_s=0.6, between_s=2.0, new_term_s=1.0, mass_s=5.0, gain_s=60.0)
 
 
 class Coordinator:
@@ -56,10 +58,15 @@ class Coordinator:
         self._shape: tuple[object, ...] = ()
         self._present = self._settled = 0
         """Members present now, and when the cut was last stable."""
+        self._planned_for: object = None
+        """Cut and models that the placement in the record was made for ..."""
+        self._better_since: float | None = None
+        """... and since when another would be better, by what was measured meanwhile."""
 
     def note_leading(self) -> None:
         """This node has just won a term."""
         self._led_since = self._clock()
+        self._planned_for = self._better_since = None
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -104,16 +111,34 @@ class Coordinator:
     async def _place(self) -> None:
         view, content = self._view(), self._keeper.content
         models = models_of(content)
-        previous = decode_placement(content.placement)
+        previous, asked_for = decode_placement(content.placement), (self._shape, models)
         # A second of computing with several models on a hundred nodes: not on the loop.
         wanted = await asyncio.to_thread(place, models, view.capacities(), previous)
-        if _held(wanted) == _held(previous) or any(member.state == "suspect" for member in view.members):
+        if _held(wanted) == _held(previous):
+            self._planned_for, self._better_since = asked_for, None
+            return
+        if any(member.state == "suspect" for member in view.members):
+            return
+        if asked_for == self._planned_for and not self._lasting_gain(previous, wanted, view):
             return
         raw = msgspec.msgpack.encode(wanted)
         await self._keeper.change(lambda now: msgspec.structs.replace(now, placement=raw))
+        self._planned_for, self._better_since = asked_for, None
         for entry in wanted.models:
             spans = {a.node[:8]: f"{a.span.start}-{a.span.end}" for a in entry.spans}
             self._log.info("placed", model=entry.model.id, spans=spans, missing=entry.missing)
+
+    def _lasting_gain(self, previous: Placement, wanted: Placement, view: MeshView) -> bool:
+        """Whether ``wanted``, for which nothing but measurements speaks, is worth moving layers under live streams: it
+        survives no fewer failures, and the placement in the record was not the best for ``gain_s``."""
+        steady = [member.id for member in view.live() if not member.profile.draining]
+        before, after = survivability(previous, steady), survivability(wanted, steady)
+        now = self._clock()
+        if any(after[model] < before.get(model, -1) for model in after):
+            self._better_since = None
+            return False
+        self._better_since = now if self._better_since is None else self._better_since
+        return now - self._better_since >= self._pace.gain_s
 
     async def _share_authority(self) -> None:
         """Seal the CA's key to every voter (and, in a small mesh, every member), so that any of them can admit."""

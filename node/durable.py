@@ -17,11 +17,12 @@ import msgspec
 
 from mesh.errors import CapacityError, MeshError
 from mesh.pipeline import messages as m
+from mesh.pipeline.events import State
 from mesh.pipeline.journal import Journals, holders
 from mesh.types import NodeId
 from node.api.service import GenerationRequest
 from node.claims import Claims
-from node.entry import Entry
+from node.entry import RESULT_S, Entry
 from node.relay import Relay
 from node.session_log import Head, Kept, SessionLogs, Tail
 from node.telemetry import get_logger
@@ -42,6 +43,7 @@ class _State(NamedTuple):
     head: Head
     drawn: tuple[int, ...]
     left_s: float
+    ended: bool = False
 
 
 class Durable:
@@ -61,8 +63,8 @@ class Durable:
         self._logs, self._entry, self._journals = logs, entry, journals
         self._relay, self._claims, self._clock = relay, claims, clock
         self._log = get_logger("durable")
-        self._written: dict[m.SessionId, int] = {}
-        """Tokens on disk of each session that is kept."""
+        self._written: dict[m.SessionId, tuple[int, bool]] = {}
+        """Tokens on disk of each session that is kept, and whether they are all."""
         self._found: list[Kept] = []
         self._writing = asyncio.Lock()
 
@@ -75,8 +77,8 @@ class Durable:
     def _read(self) -> list[Kept]:
         found = []
         for name in self._logs.names():
-            kept = self._logs.read(name) if self._logs.age_s(name) < FORGET_S else None
-            if kept is None:
+            age_s, kept = self._logs.age_s(name), self._logs.read(name)
+            if kept is None or age_s > (RESULT_S if kept.ended else FORGET_S):
                 self._logs.remove(name)
             else:
                 found.append(kept)
@@ -123,17 +125,17 @@ class Durable:
                 yield journal.session, _State(head, journal.drawn, journal.ends_at - now)
         for session in self._entry.batch():
             head = Head(session.epoch, session.request, 0)
-            yield session.id, _State(head, tuple(session.drawn), session.left_s(now))
+            yield session.id, _State(head, tuple(session.drawn), session.left_s(now), session.state is State.ENDED)
 
     def _write(self, states: dict[m.SessionId, _State]) -> None:
         for session, state in states.items():
-            written = self._written.get(session)
-            if written is None or written > len(state.drawn):
+            count, ended = self._written.get(session, (-1, False))
+            if not 0 <= count <= len(state.drawn):
                 self._logs.begin(session, state.head)
-                written = self._written[session] = 0
-            if written < len(state.drawn):
-                self._logs.append(session, Tail(state.drawn[written:], state.left_s))
-                self._written[session] = len(state.drawn)
+                count, ended = self._written[session] = (0, False)
+            if count < len(state.drawn) or state.ended > ended:
+                self._logs.append(session, Tail(state.drawn[count:], state.left_s, state.ended))
+                self._written[session] = (len(state.drawn), state.ended)
         for session in [name for name in self._written if name not in states]:
             self._logs.remove(session)
             del self._written[session]
@@ -162,5 +164,5 @@ class Durable:
                 await asyncio.to_thread(self._logs.remove, kept.session)
             return
         self._log.info("going on", session=kept.session, tokens=len(kept.drawn))
-        self._written[kept.session] = len(kept.drawn)
+        self._written[kept.session] = (len(kept.drawn), kept.ended)
         self._entry.restore(request, kept)

@@ -161,9 +161,12 @@ class Node:
             on_recovered=self._on_recovered,
         )
         self.claims = Claims(self.me, self.peers, lambda: self.view)
-        self.relay = Relay(self.me, self.entry, self.peers, lambda: self.view)
+        journals = self.stage.core.journals
+        self.relay = Relay(
+            self.me, self.entry, self.peers, lambda: self.view, lambda name: journals.get(name) is not None
+        )
         logs = SessionLogs(self.folder.subfolder("sessions"), self.folder.path / "sessions.key")
-        self.durable = Durable(self.me, logs, self.entry, self.stage.core.journals, self.relay, self.claims)
+        self.durable = Durable(self.me, logs, self.entry, journals, self.relay, self.claims)
         self.weights = Weights(
             self.folder.subfolder("models"), DoorFiles(self.peers.get), self.machine.needed_tensors, self.peers.reject
         )

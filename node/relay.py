@@ -30,6 +30,9 @@ FIND_S = 8.0
 FIND_EVERY_S, FIND_MOST_S = 0.1, 0.4
 """All members are asked again after this long, each time later: anybody may ask for sessions that none
 knows."""
+ATTACH_TRIES = 3
+HELD, UNKNOWN = -1, -2
+"""Answers of who does not own a session: its journal is here, or nothing is."""
 MAX_FRAME = 4 << 20
 KEEPALIVE_S = 5.0
 SILENT_S = 2 * KEEPALIVE_S
@@ -65,9 +68,12 @@ _decode = msgspec.msgpack.Decoder(Frame).decode
 class Relay:
     """Finds sessions, and serves those of this node to other nodes."""
 
-    def __init__(self, me: NodeId, entry: Entry, peers: Peers, view: Callable[[], MeshView]) -> None:
+    def __init__(
+        self, me: NodeId, entry: Entry, peers: Peers, view: Callable[[], MeshView], holds: Callable[[str], bool]
+    ) -> None:
+        """``holds``: whether this node has the journal of a session, and would adopt it from an owner that is lost."""
         self.me, self.entry = me, entry
-        self._peers, self._view = peers, view
+        self._peers, self._view, self._holds = peers, view, holds
         self.readers = 0
         """Streams that clients of this node read at the moment."""
         self._left: Literal["", "leaving", "gone"] = ""
@@ -97,33 +103,38 @@ class Relay:
     # -- finding -------------------------------------------------------------------------------------------------------
 
     async def find(self, session: str, patience_s: float) -> NodeId | None:
-        """The node that owns ``session`` in the highest epoch; while one adopts, up to ``patience_s`` later."""
-        end, wait_s = asyncio.get_running_loop().time() + patience_s, FIND_EVERY_S
+        """The node that owns ``session`` in the highest epoch; while none does, up to ``patience_s`` later, or as long
+        as a holder of its journal needs to notice that the owner is lost."""
+        loop, wait_s = asyncio.get_running_loop(), FIND_EVERY_S
+        began = loop.time()
         while True:
-            found = await self._ask_all(session)
-            if found is not None or asyncio.get_running_loop().time() >= end:
-                return found
+            counter, node = await self._ask_all(session)
+            patience_s = FIND_S if counter == HELD else patience_s
+            if counter >= 0 or loop.time() >= began + patience_s:
+                return node
             await asyncio.sleep(wait_s)
             wait_s = min(FIND_MOST_S, 2 * wait_s)
 
-    async def _ask_all(self, session: str) -> NodeId | None:
+    async def _ask_all(self, session: str) -> tuple[int, NodeId | None]:
+        """The newest of what all members say; no node with ``HELD`` and ``UNKNOWN``."""
         others = [member.id for member in self._view().live() if member.id != self.me]
         answers = await asyncio.gather(*(self._ask(node, session) for node in others))
-        claims = [(counter, node) for node, counter in zip(others, answers, strict=True) if counter >= 0]
-        mine = self._counter(session)
-        return max([*claims, *([(mine, self.me)] if mine >= 0 else [])], default=(0, None))[1]
+        counter, node = max(zip((*answers, self._counter(session)), (*others, self.me), strict=True))
+        return counter, node if counter >= 0 else None
 
     async def _ask(self, node: NodeId, session: str) -> int:
         try:
             answer = await self._peers.request(node, "owner", session.encode(), ASK_S)
             return msgspec.msgpack.decode(answer, type=int)
         except (MeshError, msgspec.DecodeError):
-            return -1
+            return UNKNOWN
 
     def _counter(self, session: str) -> int:
-        """Of the epoch in which this node owns ``session`` or ended it; -1: it does not."""
+        """Of the epoch in which this node owns ``session`` or ended it, or else what it knows of it."""
         generation = self.entry.get(session)
-        return generation.session.epoch[0] if generation is not None else -1
+        if generation is not None:
+            return generation.session.epoch[0]
+        return HELD if self._holds(session) else UNKNOWN
 
     async def _on_owner(self, sender: NodeId, payload: bytes) -> bytes:
         return msgspec.msgpack.encode(self._counter(payload[:128].decode("ascii", "replace")))
@@ -195,21 +206,20 @@ class Relay:
 
     async def attach(self, session: str, patience_s: float) -> Reading | None:
         """A reader of ``session``, wherever it runs or has ended; ``None``: nobody knows it."""
-        owner = await self.find(session, patience_s)
-        if owner is None:
-            return None
-        if owner == self.me:
+        for _ in range(ATTACH_TRIES):
+            owner = await self.find(session, patience_s)
             local = self.entry.get(session)
-            if local is None:
+            if local is not None and owner == self.me:
+                local.attach()
+                return Reading(self, local.request, local)
+            if owner is None:
                 return None
-            local.attach()
-            return Reading(self, local.request, local)
-        try:
-            async for frame in self.read(owner, session, 0):
-                if isinstance(frame, Facts):
-                    return Reading(self, frame.request, None, frame.route)
-        except (PeerUnreachable, PeerError, CapacityError):
-            pass  # it went just now: whoever asked may ask again
+            try:
+                async for frame in self.read(owner, session, 0):
+                    if isinstance(frame, Facts):
+                        return Reading(self, frame.request, None, frame.route)
+            except (PeerUnreachable, PeerError, CapacityError):
+                await asyncio.sleep(FIND_EVERY_S)  # it went just now: to another, perhaps
         return None
 
 

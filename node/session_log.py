@@ -41,10 +41,11 @@ class Head(msgspec.Struct, frozen=True, tag=True):
 
 
 class Tail(msgspec.Struct, frozen=True, tag=True):
-    """Tokens that were drawn since, and the seconds left until the session's deadline."""
+    """Tokens that were drawn since, the seconds left until the session's deadline, and whether these are all."""
 
     tokens: tuple[int, ...]
     left_s: float
+    ended: bool = False
 
 
 class Kept(msgspec.Struct, frozen=True):
@@ -54,6 +55,7 @@ class Kept(msgspec.Struct, frozen=True):
     head: Head
     drawn: tuple[int, ...]
     left_s: float
+    ended: bool = False
 
 
 class SessionLogs:
@@ -90,7 +92,7 @@ class SessionLogs:
         raw = read_or_none(self._path(session)) or b""
         head: Head | None = None
         drawn: list[int] = []
-        left_s, end, number = 0.0, 0, 0
+        left_s, ended, end, number = 0.0, False, 0, 0
         for record, behind in self._open_all(session, raw):
             if isinstance(record, Head) == (head is not None):
                 break
@@ -98,14 +100,14 @@ class SessionLogs:
                 head, left_s = record, record.request.timeout_s
             else:
                 drawn += record.tokens
-                left_s = record.left_s
+                left_s, ended = record.left_s, record.ended
             end, number = behind, number + 1
         if head is None:
             return None
         if end < len(raw):
             os.truncate(self._path(session), end)
         self._records[session] = number
-        return Kept(session, head, tuple(drawn), left_s)
+        return Kept(session, head, tuple(drawn), left_s, ended)
 
     def _open_all(self, session: SessionId, raw: bytes) -> Iterator[tuple[Head | Tail, int]]:
         at = number = 0

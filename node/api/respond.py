@@ -18,13 +18,13 @@ from node.telemetry import get_logger
 
 
 async def respond(
-    request: web.Request, call: Call, attached: dict[int, Generation] | None = None, has: Has | None = None
+    request: web.Request, call: Call, attached: dict[int, Generation] | None = None, cursor: Cursor | None = None
 ) -> web.StreamResponse:
-    """``attached``: choices that run already; ``has``: events that the client has."""
+    """``attached``: choices that run already; ``cursor``: knows what the client has of the stream."""
     api, context = request.app[API], request[CONTEXT]
     async with Run(api, call, context.started, attached) as run:
         if call.first.stream:
-            return await _stream(request, api, context, run, call, Cursor(has or {}))
+            return await _stream(request, api, context, run, call, cursor or Cursor({}, call))
         return await _whole(context, run, call)
 
 
@@ -62,6 +62,7 @@ async def _stream(
                 if isinstance(item, Delta):
                     run.acknowledge(item)
             await stream.comment_if_due()
+        cursor.check_end()
         stream.last_id = cursor.last
         await stream.send([(stream.last_id, chunk) for chunk in render.closing(run)])
     except ConnectionError:
@@ -93,7 +94,10 @@ class Cursor:
     several have the same, all but the first ``...:number``.  Drops those that the client has: made again from the
     journal, at whichever node, they are the same."""
 
-    def __init__(self, has: Has) -> None:
+    def __init__(self, has: Has, call: Call) -> None:
+        """RequestError when the client has events of choices that ``call`` has not."""
+        if has and max(has) >= len(call.choices):
+            raise _bad_event_id(f"this stream has no choice {max(has)}")
         self._has = has
         self._at: Has = {}
         self.last = ""
@@ -117,6 +121,21 @@ class Cursor:
                 made.append((self.last, chunk))
         return made
 
+    def check_end(self) -> None:
+        """RequestError when the client has events that this stream, now at its end, did not have."""
+        for choice, had in self._has.items():
+            tokens, number = self._at.get(choice, (-1, 0))
+            if had > (tokens, number):
+                raise _bad_event_id(f"choice {choice} of this stream ends with {tokens} tokens, before {had[0]}")
+
+
+def _bad_event_id(why: str) -> RequestError:
+    return RequestError(
+        f"Last-Event-ID: {why}; ids are choice:tokens:characters, at most one for each choice",
+        param="Last-Event-ID",
+        code="invalid_event_id",
+    )
+
 
 def parse_event_ids(text: str) -> Has:
     """``Last-Event-ID``: an id of this stream, or one for each choice, separated by commas.  Empty: from the start."""
@@ -124,11 +143,7 @@ def parse_event_ids(text: str) -> Has:
     for one in filter(None, (part.strip() for part in text.split(","))):
         parts = one.split(":")
         if not (3 <= len(parts) <= 4 and all(part.isascii() and part.isdecimal() and len(part) < 10 for part in parts)):
-            raise RequestError(
-                "Last-Event-ID must be ids of this stream (choice:tokens:characters), at most one for each choice",
-                param="Last-Event-ID",
-                code="invalid_event_id",
-            )
+            raise _bad_event_id(f"{one[:40]!r} is no id")
         choice, tokens, _, number = map(int, [*parts, "0"][:4])
         has[choice] = max(has.get(choice, (-1, 0)), (tokens, number))
     return has

@@ -10,7 +10,7 @@ from aiohttp import web
 from mesh.errors import RequestError
 from node.api.context import API, CONTEXT, Api, Context
 from node.api.guard import need
-from node.api.respond import parse_event_ids, respond
+from node.api.respond import Cursor, parse_event_ids, respond
 from node.api.run import Call, Choice
 from node.api.service import Generation
 from node.api.structured import Structure, ToolMode
@@ -42,11 +42,12 @@ async def answer(request: web.Request, call: Call) -> web.StreamResponse:
     """
     api, context, first = request.app[API], request[CONTEXT], call.first
     has = parse_event_ids(request.headers.get("Last-Event-ID", "")) if first.idempotency_key or first.resume else {}
+    cursor = Cursor(has, call)
     if not first.idempotency_key:
-        return await respond(request, call, has=has)
+        return await respond(request, call, cursor=cursor)
     session = await api.service.claim(first)
     if session == first.session:
-        return await respond(request, call, has=has)
+        return await respond(request, call, cursor=cursor)
     context.session = session
     attached: dict[int, Generation] = {}
     try:
@@ -54,7 +55,7 @@ async def answer(request: web.Request, call: Call) -> web.StreamResponse:
     except BaseException:
         await _release(attached)
         raise
-    return await respond(request, call, attached, has)
+    return await respond(request, call, attached, cursor)
 
 
 async def _attach_known(api: Api, context: Context, call: Call, session: str, attached: dict[int, Generation]) -> Call:
@@ -86,10 +87,11 @@ async def session_events(request: web.Request) -> web.StreamResponse:
     try:
         await _attach_all(api, context, session, attached)
         call = await _call_of(api, attached)
+        cursor = Cursor(has, call)
     except BaseException:
         await _release(attached)
         raise
-    return await respond(request, call, attached, has)
+    return await respond(request, call, attached, cursor)
 
 
 async def _attach_all(api: Api, context: Context, session: str, attached: dict[int, Generation]) -> None:

@@ -62,5 +62,13 @@ def test_only_the_last_round_trips_count() -> None:
     trips.add(5.0)
     for _ in range(16):
         trips.add(0.01)
-    assert trips.median() == 0.01
+    assert trips.median() == trips.least() == 0.01
     assert trips.direct_timeout_s(GossipConfig()) == pytest.approx(0.06)
+
+
+def test_the_shortest_round_trip_knows_no_queues() -> None:
+    trips = RoundTrips()
+    assert trips.least() is None
+    for rtt in (0.03, 0.002, 0.2, 0.04):
+        trips.add(rtt)
+    assert trips.least() == 0.002

@@ -64,10 +64,21 @@ def test_weights_come_from_offers_first_then_from_spans() -> None:
     assert mesh.sources(PLAIN.manifest) == ("whole", "late", "part")
 
 
-def test_survivability_counts_the_living_that_stay() -> None:
+@pytest.mark.parametrize(
+    ("members", "may_fail"),
+    [
+        ((member("a", (0, 8)), member("b", (0, 8), draining=True), member("c", (0, 8), state="suspect")), 0),
+        ((member("a", (0, 8)), member("b", (0, 5)), member("c", (4, 8))), 1),
+        ((member("a", (0, 8)), member("b", (0, 5)), member("c", (6, 8))), 0),  # is to hold layer 5, and loads it yet
+        ((member("a", (0, 8)), member("b", (0, 4), (2, 8)), member("c", (0, 8))), 2),
+        ((member("a", (0, 7)), member("b", (0, 7))), -1),
+    ],
+)
+def test_survivability_counts_what_the_living_that_stay_have_loaded(
+    members: tuple[MemberView, ...], may_fail: int
+) -> None:
     placement = place([PLAIN], [NodeCapacity(name, 8000) for name in ("a", "b", "c")])
-    mesh = view(member("a"), member("b", draining=True), member("c", state="suspect"))
-    assert msgspec.structs.replace(mesh, placement=placement).survivability() == {"m": 0}
+    assert msgspec.structs.replace(view(*members), placement=placement).survivability() == {"m": may_fail}
 
 
 def test_capacities_for_the_coordinator() -> None:

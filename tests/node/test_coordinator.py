@@ -12,7 +12,7 @@ import pytest
 
 from mesh.election.events import NotLeader
 from mesh.election.record import Content
-from mesh.placement import Placement, place
+from mesh.placement import Placement, place, survivability
 from mesh.types import MeshId, NodeId, NodeProfile
 from mesh.view import MemberView, MeshView
 from node.coordinator import MAX_SEALED, Coordinator, Pace, decode_placement
@@ -21,7 +21,7 @@ from node.security.ca import Authority
 from tests.mesh.exhaustive import model
 
 MESH = MeshId("0123456789abcdef" * 2)
-PACE = Pace(stable_s=1.0, between_s=5.0, new_term_s=3.0, mass_s=15.0)
+PACE = Pace(stable_s=1.0, between_s=5.0, new_term_s=3.0, mass_s=15.0, gain_s=60.0)
 INFO = model(layer=100, embed=0, head=0)
 
 
@@ -227,6 +227,52 @@ async def test_while_somebody_is_suspected_nothing_moves() -> None:
     world.lose("n2")
     await world.walk(20.0)
     assert all(a.node != "n2" for a in world.placement.models[0].spans)
+
+
+def sped(world: World, *faster: str) -> None:
+    """Those named measure themselves a hundred times as fast as the others."""
+    fast = {"flops": 1e11, "bandwidth": 1e8}
+    slow = {"flops": 1e9, "bandwidth": 1e6}
+    world.members = [
+        msgspec.structs.replace(x, profile=msgspec.structs.replace(x.profile, **(fast if x.id in faster else slow)))
+        for x in world.members
+    ]
+
+
+async def test_measurements_move_layers_only_when_they_say_so_for_long() -> None:
+    world = World([member(f"n{index}", weight_bytes=600) for index in range(3)])
+    await world.walk(20.0)
+    before = world.placement
+    for _ in range(20):
+        sped(world, "n0")
+        await world.walk(PACE.gain_s - PACE.between_s)
+        sped(world)
+        await world.walk(2 * PACE.between_s)
+    assert (world.placement, world.keeper.commits) == (before, 1)
+    sped(world, "n0")
+    await world.walk(PACE.gain_s + 2 * PACE.between_s)
+    assert world.placement != before
+    assert world.keeper.commits == 2
+
+
+async def test_no_copy_is_given_up_for_speed() -> None:
+    world = World([member(f"n{index}", weight_bytes=500) for index in range(4)])
+    await world.walk(20.0)
+    before = world.placement
+    assert survivability(before, [f"n{index}" for index in range(4)]) == {"m": 1}
+    sped(world, "n0")
+    await world.walk(10 * PACE.gain_s)
+    assert world.placement == before
+
+
+async def test_a_new_cut_is_planned_for_at_once_with_what_is_measured_by_then() -> None:
+    world = World([member(f"n{index}", weight_bytes=600) for index in range(3)])
+    await world.walk(20.0)
+    sped(world, "n0")
+    await world.walk(3 * PACE.between_s)
+    world.lose("n1")
+    await world.walk(PACE.mass_s + 2 * PACE.between_s)
+    assert world.keeper.commits == 2
 
 
 async def test_only_the_placement_is_changed_whatever_was_committed_meanwhile() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,11 +12,13 @@ import msgspec
 import pytest
 
 from mesh.errors import CapacityError
+from mesh.pipeline.events import State
 from mesh.pipeline.messages import SessionRequest
 from mesh.types import Hop, ModelId, Priority, Route, SamplingParams
 from node import durable
 from node.api.service import GenerationRequest
 from node.durable import HOLDER_S, Durable
+from node.entry import RESULT_S
 from node.session_log import SessionLogs
 
 ROUTE = Route(ModelId("m"), (Hop("first", 0, 2), Hop("me", 2, 4)))
@@ -58,7 +62,7 @@ class World:
 
     def own(self, request: GenerationRequest, *drawn: int) -> Any:
         session = SimpleNamespace(id=request.session, epoch=(4, "me"), request=journaled(request), drawn=list(drawn),
-                                  left_s=lambda now: 77.0)  # fmt: skip
+                                  left_s=lambda now: 77.0, state=State.RUNNING)  # fmt: skip
         self.owned.append(session)
         return session
 
@@ -167,3 +171,27 @@ async def test_a_form_of_another_version_stops_nothing(tmp_path: Path) -> None:
     world = await restarted(tmp_path)
     await world.durable.go_on(0.0)
     assert [kept.session for kept in world.restored] == ["a2"]
+
+
+@pytest.mark.parametrize("ended", [True, False])
+async def test_a_result_on_disk_is_no_younger_after_a_restart(tmp_path: Path, ended: bool) -> None:
+    world = World(tmp_path)
+    session = world.own(asked("a1"), 5, 6)
+    await world.durable.write()
+    session.state = State.ENDED if ended else State.RUNNING
+    await world.durable.write()
+    wrote = tmp_path / "sessions" / "a1.session"
+    assert (world.logs.read("a1") or pytest.fail("gone")).ended == ended
+    earlier = time.time() - RESULT_S + 60.0
+    os.utime(wrote, (earlier, earlier))
+    again = await restarted(tmp_path)
+    await again.durable.go_on(0.0)
+    assert [kept.drawn for kept in again.restored] == [(5, 6)], "it can be read for a minute yet"
+    restored = again.own(asked("a1"), 5, 6)
+    await again.durable.write()
+    restored.state = session.state
+    await again.durable.write()
+    assert wrote.stat().st_mtime == pytest.approx(earlier), "nothing new was written"
+    os.utime(wrote, (earlier - 61.0, earlier - 61.0))
+    later = await restarted(tmp_path)
+    assert later.logs.names() == ([] if ended else ["a1"])

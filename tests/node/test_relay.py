@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import AsyncIterator
 from typing import Any, cast
 from unittest import mock
@@ -74,6 +75,7 @@ class Wire:
 
     def __init__(self, me: str, wires: dict[str, Wire]) -> None:
         self.me, self._wires, self.door = me, wires, Door()
+        self.asked: Counter[str] = Counter()
         wires[me] = self
 
     async def start(self) -> None:
@@ -88,6 +90,7 @@ class Wire:
     async def request(self, node: str, verb: str, payload: bytes, timeout_s: float) -> bytes:
         if node not in self._wires:
             raise PeerUnreachable("a hop of the test")
+        self._wires[node].asked[verb] += 1
         return bytes(await self._wires[node].door.verbs[verb](self.me, payload))
 
     def get(self, node: str, path: str, params: Any, *, lasting: bool) -> Any:
@@ -104,8 +107,11 @@ class Two:
         wires: dict[str, Wire] = {}
         self.wires = [Wire("owner", wires), Wire("reader", wires)]
         owner, reader = (cast(Peers, wire) for wire in self.wires)
-        self.owner = relay.Relay(NodeId("owner"), self.world.entry, owner, lambda: self.world.seen)
-        self.reader = relay.Relay(NodeId("reader"), self.other.entry, reader, lambda: self.world.seen)
+        self.held: set[str] = set()
+        """Sessions whose journals ``owner`` holds."""
+        holds = self.held.__contains__
+        self.owner = relay.Relay(NodeId("owner"), self.world.entry, owner, lambda: self.world.seen, holds)
+        self.reader = relay.Relay(NodeId("reader"), self.other.entry, reader, lambda: self.world.seen, lambda _: False)
 
     async def read(self, generation: LiveGeneration) -> relay.Reading:
         reading = await self.reader.attach(generation.session.id, 5.0)
@@ -189,3 +195,43 @@ async def test_who_leaves_sends_those_on_that_go_on_by_themselves_and_later_all(
 
 async def test_a_session_that_nobody_has_is_not_found(two: Two) -> None:
     assert await two.reader.attach("nowhere", 0.0) is None
+
+
+async def test_a_session_whose_journal_is_held_is_waited_for(two: Two) -> None:
+    two.held.add("s")
+    attaching = asyncio.create_task(two.reader.attach("s", 0.0))
+    asked = two.wires[0].asked
+    async with asyncio.timeout(10.0):
+        while asked["owner"] < 2:  # noqa: ASYNC110 - the first answer was that nobody owns it
+            await asyncio.sleep(0.01)
+        await two.world.open(request())
+        reading = await attaching
+    assert reading is not None
+
+
+async def test_a_journal_that_nobody_adopts_from_is_not_waited_for_without_end(
+    two: Two, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(relay, "FIND_S", 0.3)
+    two.held.add("s")
+    async with asyncio.timeout(10.0):
+        assert await two.reader.attach("s", 0.0) is None
+    assert two.wires[0].asked["owner"] > 1
+
+
+async def test_an_owner_that_goes_while_it_is_asked_is_looked_for_again(
+    two: Two, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await two.world.open(request())
+    get, gone = two.wires[1].get, [PeerUnreachable("reset")]
+
+    def reset_once(*asked: Any, **how: Any) -> Any:
+        if gone:
+            raise gone.pop()
+        return get(*asked, **how)
+
+    monkeypatch.setattr(two.wires[1], "get", reset_once)
+    async with asyncio.timeout(10.0):
+        reading = await two.reader.attach("s", 0.0)
+    assert reading is not None
+    assert not gone

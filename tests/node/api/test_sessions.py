@@ -53,11 +53,19 @@ async def test_several_choices_are_resumed_each_at_its_place(http: Http) -> None
     assert got == sorted(name for name, _ in both)
 
 
-@pytest.mark.parametrize("last", ["x", "0:1", "0:1:2:3:4", "-1:0:0", "0:a:0", "0:99999999999:0"])
+@pytest.mark.parametrize("last", ["x", "0:1", "0:1:2:3:4", "-1:0:0", "0:a:0", "0:99999999999:0", "1:0:0"])
 async def test_an_event_id_that_is_none_is_refused_by_name(http: Http, last: str) -> None:
     session, _ = await begin(http)
     status, body = await http.get(f"/v1/sessions/{session}/events", **{"Last-Event-ID": last})
     assert (status, body["error"]["code"]) == (400, "invalid_event_id")
+
+
+async def test_an_event_id_from_beyond_the_end_is_an_error_and_no_empty_answer(http: Http) -> None:
+    session, events = await begin(http)
+    (last, _) = [(name, data) for name, data in events if data != "[DONE]" and data["choices"]][-1]
+    assert [data for _, data in await resume(http, session, last) if data != "[DONE]" and data["choices"]] == []
+    (_, failed), (_, done) = await resume(http, session, "0:500:9000")
+    assert (failed["error"]["code"], done) == ("invalid_event_id", "[DONE]")
 
 
 async def test_sessions_are_bound_to_who_made_them(http: Http) -> None:
