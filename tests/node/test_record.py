@@ -365,7 +365,7 @@ async def test_an_edit_goes_to_the_coordinator() -> None:
     assert world.core.proposed == []
 
 
-@pytest.mark.parametrize("leader", [None, ME.node_id])
+@pytest.mark.parametrize("leader", [None, ME.node_id], ids=["nobody", "itself"])
 async def test_without_a_coordinator_an_edit_is_refused(leader: str | None) -> None:
     world = World()
     world.lose(leader)

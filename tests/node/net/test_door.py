@@ -105,7 +105,7 @@ async def test_bodies_are_bounded_before_they_are_kept(town: Any) -> None:
         b"\x91" * 5000,
         msgspec.msgpack.encode(Start(b"short")),
         msgspec.msgpack.encode((1, 2)),
-        os.urandom(64),
+        pytest.param(os.urandom(64), id="random"),
     ],
 )
 @pytest.mark.parametrize("step", ["start", "finish"])
