@@ -76,6 +76,7 @@ class Presence:
         kept = node.stage.kept()
         telemetry.checkpoint_bytes.set(kept["memory_bytes"])
         telemetry.checkpoint_disk_bytes.set(kept["disk_bytes"])
+        self._count(telemetry.checkpoint_disk_read, kept["read_bytes"])
         self._count(telemetry.checkpoint_dropped, kept["dropped_bytes"])
         telemetry.prefix_bytes.set(stats.shared_bytes + pages.row_bytes)
         self._count(telemetry.preemptions, node.stage.core.preemptions)

@@ -37,6 +37,8 @@ class SpillFiles:
         self._cipher = AESGCM(AESGCM.generate_key(256))
         self._thread = ThreadPoolExecutor(1, "spill")
         self._again_at, self._closed = 0.0, False
+        self.read_bytes = 0
+        """Of rows that were asked for, and were there."""
         self._log = get_logger("spill")
         self._clear()
 
@@ -78,10 +80,12 @@ class SpillFiles:
 
     def _read(self, number: int) -> bytes | None:
         try:
-            return self._cipher.decrypt(_nonce(number), self._path(number).read_bytes(), None)
+            rows = self._cipher.decrypt(_nonce(number), self._path(number).read_bytes(), None)
         except (OSError, InvalidTag) as error:
             self._log.warning("checkpoints cannot be read", why=str(error) or "the file was changed")
             return None
+        self.read_bytes += len(rows)
+        return rows
 
     def _clear(self) -> None:
         for path in self._folder.iterdir():

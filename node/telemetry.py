@@ -63,6 +63,9 @@ class Telemetry:
         self.rows = self._counter("engine_rows_total", "Positions computed by this node's layers")
         self.checkpoint_bytes = self._gauge("checkpoint_bytes", "Checkpointed activations in memory")
         self.checkpoint_disk_bytes = self._gauge("checkpoint_disk_bytes", "Checkpointed activations on disk")
+        self.checkpoint_disk_read = self._counter(
+            "checkpoint_disk_read_bytes_total", "Checkpointed activations that were read from disk"
+        )
         self.checkpoint_dropped = self._counter(
             "checkpoint_dropped_bytes_total", "Checkpointed activations given up for want of room"
         )

@@ -86,6 +86,12 @@ class LocalNode:
     def get(self, path: str, timeout: float = 5.0) -> Any:
         return http_json(self.api + path, timeout=timeout)
 
+    def metric(self, name: str) -> float:
+        """The sum of the samples whose names, labels included, begin so."""
+        with urllib.request.urlopen(f"{self.api}/metrics", timeout=10.0) as answer:
+            lines = answer.read().decode().splitlines()
+        return sum(float(line.split()[-1]) for line in lines if line.startswith(name))
+
     def admin(self, method: str, path: str, body: Any = None) -> Any:
         key = (self.folder / "admin.key").read_text().strip()
         return http_json(self.api + path, method=method, body=body, key=key, timeout=30.0)

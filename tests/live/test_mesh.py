@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import socket
 import subprocess
 import sys
@@ -92,11 +91,7 @@ def whole_again(llama_mesh: LocalMesh) -> Iterator[None]:
 
 def rows_computed(mesh: LocalMesh) -> int:
     """Positions that the layers of all nodes have computed so far."""
-    total = 0.0
-    for node in mesh.nodes:
-        with urllib.request.urlopen(f"{node.api}/metrics", timeout=10.0) as answer:
-            total += float(re.findall(r"^mesh_engine_rows_total (\S+)$", answer.read().decode(), re.M)[0])
-    return int(total)
+    return int(sum(node.metric("mesh_engine_rows_total") for node in mesh.nodes))
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, SEEDED], ids=["greedy", "seeded"])

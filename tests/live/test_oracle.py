@@ -34,9 +34,10 @@ TABLE = [
 
 @pytest.fixture(scope="module")
 def oracle(models: dict[str, Path]) -> Iterator[Oracle]:
-    """Six nodes that hold every layer of one small model."""
+    """Six nodes that hold every layer of one small model; most of what they keep goes to the disk."""
+    flags = ["--memory", "512MiB", "--checkpoint-memory", "8KiB"]
     with (
-        LocalMesh(NODES, [str(models["llama"])], flags=["--memory", "512MiB"], patience_s=300.0) as mesh,
+        LocalMesh(NODES, [str(models["llama"])], flags=flags, patience_s=300.0) as mesh,
         Strikes(mesh) as strikes,
     ):
         mesh.wait_holders(NODES)
@@ -48,3 +49,14 @@ def test_the_tokens_are_those_of_an_undisturbed_run(oracle: Oracle, case: Case) 
     outcome = oracle.play(case)
     print(outcome)
     assert not outcome.failure, outcome
+
+
+def test_a_replay_reads_what_went_to_the_disk(oracle: Oracle) -> None:
+    def read() -> dict[str, float]:
+        return {node.name: node.metric("mesh_checkpoint_disk_read_bytes_total") for node in oracle.mesh.nodes}
+
+    before = read()
+    outcome = oracle.play(Case("last", "decode", "kill"))
+    assert not outcome.failure, outcome
+    upstream = outcome.route[1]
+    oracle.mesh.wait(lambda: read()[upstream] > before[upstream], f"{upstream} to count what it read", 10.0)

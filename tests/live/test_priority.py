@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import itertools
 import threading
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -54,12 +53,6 @@ def pair_that_covers(mesh: LocalMesh) -> tuple[LocalNode, LocalNode]:
     pytest.fail(f"no two nodes hold all layers: {spans}")
 
 
-def metric(node: LocalNode, name: str) -> float:
-    with urllib.request.urlopen(f"{node.api}/metrics", timeout=10) as answer:
-        lines = answer.read().decode().splitlines()
-    return sum(float(line.split()[-1]) for line in lines if line.startswith(name))
-
-
 def test_half_of_the_nodes_are_lost_under_load(scarce: LocalMesh) -> None:
     entry, other = pair_that_covers(scarce)
     wanted = {f"batch {n}": body("batch", BATCH_TOKENS, 1) for n in range(BATCH)}
@@ -102,8 +95,8 @@ def test_half_of_the_nodes_are_lost_under_load(scarce: LocalMesh) -> None:
     sessions = entry.get("/mesh/status")["sessions"]
     for thread in threads.values():
         thread.join(240.0)
-    preempted = metric(entry, "mesh_num_preemptions_total") + metric(other, "mesh_num_preemptions_total")
-    waited = sum(metric(entry, f'mesh_recoveries_total{{cause="{cause}"}}') for cause in ("paused", "busy"))
+    preempted = sum(node.metric("mesh_num_preemptions_total") for node in (entry, other))
+    waited = sum(entry.metric(f'mesh_recoveries_total{{cause="{cause}"}}') for cause in ("paused", "busy"))
     print(f"when the last interactive one ended {len(still)} of {BATCH} batch ones were left, {sessions['paused']}")
     print(f"paused, {sessions['waiting']} in the queue; {preempted:g} preemptions, {waited:g} pauses")
     assert failed == {}

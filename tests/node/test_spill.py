@@ -64,6 +64,7 @@ async def test_what_was_written_is_read_and_the_file_says_nothing(files: SpillFi
     assert (mode(path), mode(folder)) == (0o600, 0o700)
     assert b"private" not in path.read_bytes()
     assert await told(files.read, 7) == PLAIN
+    assert files.read_bytes == len(PLAIN)
 
 
 async def test_what_is_asked_is_done_in_order(files: SpillFiles, folder: Path) -> None:

@@ -102,6 +102,7 @@ def test_the_vocabulary_of_metrics() -> None:
         "positions_replayed",
         "checkpoint_bytes",
         "checkpoint_disk_bytes",
+        "checkpoint_disk_read_bytes",
         "checkpoint_dropped_bytes",
         "suspicions",
         "elections",
