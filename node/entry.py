@@ -155,6 +155,12 @@ class Entry:
         for generation in self.sessions():
             generation.step(generation.session.give_away(leavers))
 
+    def stop(self) -> None:
+        """This node stops, told to or for a bug: others own what they know of, the rest ends."""
+        self.give_away()
+        for generation in self.sessions():
+            generation.finish("leaving")
+
     def leavers(self) -> tuple[NodeId, ...]:
         """Nodes that are to go."""
         return tuple(member.id for member in self.view().members if member.profile.draining)

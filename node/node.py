@@ -327,8 +327,8 @@ class Node:
 
     async def _close(self, api: ApiServer) -> None:
         await self.durable.write()
-        for generation in self.entry.sessions():
-            generation.finish("leaving")
+        self.relay.leave(now=True)
+        self.entry.stop()
         try:
             await api.stop()
         except TimeoutError:

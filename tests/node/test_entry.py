@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from mesh.core import Rejected, Send
-from mesh.errors import CapacityError, MeshError, NoRoute, RequestError, SessionLost
+from mesh.errors import CapacityError, Leaving, MeshError, NoRoute, RequestError, SessionLost
 from mesh.pipeline import messages as m
 from mesh.pipeline import session as core
 from mesh.pipeline.journal import Adopt
@@ -615,6 +615,19 @@ async def test_what_nobody_else_holds_is_given_away_later(world: World) -> None:
     leave(world, "a")
     world.entry.give_away()
     assert generation.heir == "b"
+
+
+async def test_a_node_that_stops_ends_only_what_nobody_else_can_go_on_with(world: World) -> None:
+    running = await world.open()
+    opening = asyncio.create_task(world.entry.open(request("young")))
+    await asyncio.sleep(0)
+    world.posted.clear()
+    world.entry.stop()
+    released = {message.session for send in world.posted if isinstance(message := send.message, m.Release)}
+    assert (running.heir, running.over, released) == ("b", True, {"young"})
+    with pytest.raises(Leaving):
+        await opening
+    assert world.entry.sessions() == []
 
 
 async def test_a_hop_that_is_to_go_is_moved_to_a_node_that_stays() -> None:
