@@ -11,7 +11,7 @@ ends: only such cuts are tried.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import msgspec
@@ -92,6 +92,32 @@ def find_route(view: MeshView, request: RouteRequest) -> Route:
             return Route(model.id, _in_order([*request.keep, *hops]))
         wanted = (failed, *(gap for gap in wanted if gap != failed))  # give it the first choice of nodes
     raise NoRoute(_no_route(model, _uncovered([span for _, span in holders], *wanted[0])))
+
+
+def find_substitute(view: MeshView, request: RouteRequest) -> Route:
+    """``find_route``; where no route has all the hops that were to be kept, one that has fewer of them.
+
+    The node of a kept hop may be the only one left that holds the lost layers: it can serve both, if it gives up
+    what it has computed so far.
+    """
+    missing: NoRoute | None = None
+    for keep in fewer(request.keep):
+        try:
+            return find_route(view, msgspec.structs.replace(request, keep=keep))
+        except NoRoute as error:
+            missing = missing or error
+    assert missing is not None
+    raise missing
+
+
+def fewer(keep: tuple[Hop, ...]) -> Iterator[tuple[Hop, ...]]:
+    """All of ``keep``, all but one, that with the fewest layers first, and none."""
+    yield keep
+    if len(keep) > 1:
+        for least in sorted(keep, key=lambda hop: hop.end - hop.start):
+            yield tuple(hop for hop in keep if hop != least)
+    if keep:
+        yield ()
 
 
 def _fill_gaps(

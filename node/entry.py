@@ -23,7 +23,7 @@ from mesh.pipeline import messages as m
 from mesh.pipeline.journal import Adopt, disclaim, needs_witness
 from mesh.pipeline.prefix import PAGE
 from mesh.pipeline.session import Session
-from mesh.routing import RouteRequest, find_route
+from mesh.routing import RouteRequest, find_route, find_substitute
 from mesh.types import Hop, NodeId, Priority, Route
 from mesh.view import MeshView
 from node.api.service import GenerationRequest
@@ -224,10 +224,12 @@ class Entry:
 
     # -- routes --------------------------------------------------------------------------------------------------------
 
-    def find_route(self, request: GenerationRequest, ask: core.NeedRoute) -> Route:
+    def find_route(self, request: GenerationRequest, ask: core.NeedRoute, *, strict: bool = False) -> Route:
+        """``strict``: with every hop that is to be kept, or not at all."""
         self._routed += 1
+        find = find_route if strict else find_substitute
         outstanding = Counter(hop.node for g in self.sessions() if g.session.route for hop in g.session.route.hops)
-        return find_route(
+        return find(
             self.view(),
             RouteRequest(
                 model=request.model,

@@ -181,7 +181,7 @@ class LiveGeneration:
         """Hops are to go: to nodes that stay, if there are any with their layers."""
         stays = core.NeedRoute(ask.keep, (*ask.exclude, *self._entry.leavers()))
         try:
-            route = self._entry.find_route(self.request, stays)
+            route = self._entry.find_route(self.request, stays, strict=True)
         except NoRoute:
             return
         self.step(self.session.prepare(route, self._entry.view().placement_id, self._entry.clock()))

@@ -5,20 +5,23 @@ from __future__ import annotations
 import random
 import time
 from collections import Counter
+from collections.abc import Callable
 from itertools import permutations
 
 import pytest
 
 from mesh.errors import NoRoute
-from mesh.routing import RouteRequest, find_route
+from mesh.routing import RouteRequest, find_route, find_substitute
 from mesh.types import Hop, Route
 from mesh.view import MeshView
 from tests.mesh.exhaustive import model
 from tests.mesh.views import member, view
 
+Finder = Callable[[MeshView, RouteRequest], Route]
 
-def ask(mesh: MeshView, **more: object) -> list[tuple[str, int, int]]:
-    route = find_route(mesh, RouteRequest(model="m", **more))  # type: ignore[arg-type]
+
+def ask(mesh: MeshView, find: Finder = find_route, **more: object) -> list[tuple[str, int, int]]:
+    route = find(mesh, RouteRequest(model="m", **more))  # type: ignore[arg-type]
     return [(hop.node, hop.start, hop.end) for hop in route.hops]
 
 
@@ -119,6 +122,23 @@ def test_a_lost_span_without_a_holder_is_named() -> None:
     mesh = view(member("a", (0, 4)), member("b", (4, 8)))
     with pytest.raises(NoRoute, match=r"\[4, 8\)"):
         ask(mesh, keep=(Hop("a", 0, 4),), exclude=("b",))
+
+
+def test_a_kept_node_serves_more_where_it_alone_can() -> None:
+    mesh = view(member("big", (0, 8)), member("small", (0, 4)), member("one", (0, 2)))
+    keep = (Hop("big", 4, 8),)
+    assert ask(mesh, find_substitute, keep=keep, exclude=("one",)) == [("small", 0, 4), ("big", 4, 8)]
+    assert ask(mesh, find_substitute, keep=keep, exclude=("one", "small")) == [("big", 0, 8)]
+    keep = (Hop("one", 0, 2), Hop("big", 2, 6))
+    assert ask(mesh, find_substitute, keep=keep) == [("one", 0, 2), ("big", 2, 8)], "who need not, does nothing again"
+    with pytest.raises(NoRoute):
+        ask(mesh, keep=keep)
+
+
+def test_what_no_node_holds_is_named_whatever_is_kept() -> None:
+    mesh = view(member("a", (0, 4)), member("b", (2, 6)))
+    with pytest.raises(NoRoute, match=r"\[6, 8\)"):
+        ask(mesh, find_substitute, keep=(Hop("a", 0, 4),))
 
 
 # --- balance

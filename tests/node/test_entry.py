@@ -617,6 +617,14 @@ async def test_what_nobody_else_holds_is_given_away_later(world: World) -> None:
     assert generation.heir == "b"
 
 
+async def test_the_last_node_with_the_layers_takes_a_lost_hop_over_but_is_not_moved_for_one_that_leaves() -> None:
+    world = World(member("a", (0, 8)))
+    ask = core.NeedRoute((Hop("a", 4, 8),), ("b",))
+    assert world.entry.find_route(request(), ask).hops == (Hop("a", 0, 8),)
+    with pytest.raises(NoRoute):
+        world.entry.find_route(request(), ask, strict=True)
+
+
 async def test_a_node_that_stops_ends_only_what_nobody_else_can_go_on_with(world: World) -> None:
     running = await world.open()
     opening = asyncio.create_task(world.entry.open(request("young")))

@@ -18,6 +18,7 @@ from mesh.pipeline import work as t
 from mesh.pipeline.journal import Adopt, disclaim, needs_witness
 from mesh.pipeline.session import Session
 from mesh.pipeline.stage import StageConfig, StageCore
+from mesh.routing import fewer
 from mesh.types import Hop, LayerSpan, Route, SamplingParams
 
 LAYERS = 6
@@ -446,7 +447,9 @@ class Peer:
 
     def _route(self, name: str, ask: e.NeedRoute, now: float) -> list[Effect]:
         """Nodes that leave serve only where nobody else does."""
-        hops = self._hops(e.NeedRoute(ask.keep, (*ask.exclude, *sorted(self.leavers)))) or self._hops(ask)
+        hops = self._hops(e.NeedRoute(ask.keep, (*ask.exclude, *sorted(self.leavers))))
+        for keep in fewer(ask.keep):
+            hops = hops or self._hops(e.NeedRoute(keep, ask.exclude))
         if hops is None:
             return self.sessions[name].unroutable("no live node holds some layer", now)
         route = Route("toy", hops)
