@@ -63,9 +63,6 @@ class RoundTrips:
     def add(self, seconds: float) -> None:
         self._last = (*self._last[-15:], seconds)
 
-    def median(self) -> float | None:
-        return sorted(self._last)[len(self._last) // 2] if self._last else None
-
     def least(self) -> float | None:
         """What the wire takes, without the queues of busy nodes."""
         return min(self._last, default=None)

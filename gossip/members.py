@@ -65,7 +65,7 @@ class MemberInfo(msgspec.Struct, frozen=True):
     confirmations: int
     """Distinct members, oneself included, known to have found it suspect or dead; 0 while alive."""
     rtt_ms: float | None
-    """Median of the last probes' round trips; ``None``: never answered."""
+    """The shortest of the last probes' round trips; ``None``: never answered."""
     degraded: bool
     """Answers pings but computes nothing."""
 
@@ -108,7 +108,7 @@ class Member:
         return Update(self.state, self.record, self.accusers)
 
     def info(self) -> MemberInfo:
-        record, rtt = self.record, self.rtt.median()
+        record, rtt = self.record, self.rtt.least()
         milliseconds = None if rtt is None else rtt * 1000.0
         accusers, name = len(self.accusers), STATE_NAMES[self.state]
         return MemberInfo(record.node, name, record.incarnation, record.address, accusers, milliseconds, self.degraded)

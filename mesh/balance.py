@@ -27,6 +27,11 @@ POLICIES: tuple[Balance, ...] = get_args(Balance)
 HOP_MS = 0.3
 """What a hop costs besides its layers and the wire: frames, the event loop, one more engine step."""
 
+LAG_NOISE_MS = 20.0
+"""Lags that differ by less are alike: a node does not even tell others of a smaller change."""
+P99_OF_MEAN = 4.6
+"""A profile's lag is the 99th percentile; a hop waits for the mean, where lags are exponential."""
+
 Holder = tuple[MemberView, LayerSpan]
 HopCost = Callable[[MemberView, LayerSpan, int, int], float]
 """(member, span it holds, start, end) of a hop -> its cost, above 0 and below 1e6."""
@@ -78,7 +83,8 @@ class Measured:
         """(whatever it runs, a layer, the head), in milliseconds."""
         queue, profile = self.queue(member), member.profile
         head = step_ms(self.model, self.model.head_bytes, profile.flops, profile.bandwidth)
-        return HOP_MS + self.leg_ms(member) + profile.load.lag_ms, queue * self.layers_ms(member, 1), queue * head
+        lag_ms = max(0.0, profile.load.lag_ms - LAG_NOISE_MS) / P99_OF_MEAN
+        return HOP_MS + self.leg_ms(member) + lag_ms, queue * self.layers_ms(member, 1), queue * head
 
 
 def draw(*parts: object) -> float:

@@ -58,17 +58,16 @@ def test_direct_timeout_is_three_p99_clamped(rtts: list[float], timeout: float) 
 
 def test_only_the_last_round_trips_count() -> None:
     trips = RoundTrips()
-    assert trips.median() is None
-    trips.add(5.0)
+    assert trips.least() is None
+    trips.add(0.005)
     for _ in range(16):
         trips.add(0.01)
-    assert trips.median() == trips.least() == 0.01
+    assert trips.least() == 0.01
     assert trips.direct_timeout_s(GossipConfig()) == pytest.approx(0.06)
 
 
 def test_the_shortest_round_trip_knows_no_queues() -> None:
     trips = RoundTrips()
-    assert trips.least() is None
     for rtt in (0.03, 0.002, 0.2, 0.04):
         trips.add(rtt)
     assert trips.least() == 0.002

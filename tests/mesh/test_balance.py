@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mesh.balance import HOP_MS, POLICIES, Measured, draw, hop_cost
+from mesh.balance import HOP_MS, LAG_NOISE_MS, P99_OF_MEAN, POLICIES, Measured, draw, hop_cost
 from tests.mesh.views import PLAIN, member
 
 
@@ -26,7 +26,7 @@ def test_measured_steps_count_more_than_estimates() -> None:
 
 
 def test_a_hop_costs_its_layers_its_queue_and_its_leg() -> None:
-    far = member("a", (0, 4), rtt_ms=10.0, load={"lag_ms": 2.0})
+    far = member("a", (0, 4), rtt_ms=10.0, load={"lag_ms": LAG_NOISE_MS + 2.0 * P99_OF_MEAN})
     assert measured().hop_ms(far, 0, 4) == pytest.approx(HOP_MS + 4 + 5 + 2)
     assert Measured(PLAIN, "a", {}).hop_ms(far, 0, 4) == pytest.approx(HOP_MS + 4 + 2), "no wire to oneself"
     queued = member("a", (0, 4), load={"running": 5, "waiting": 2})

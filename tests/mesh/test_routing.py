@@ -100,6 +100,17 @@ def test_bitwise_substitutes_are_preferred_to_fast_ones() -> None:
     assert ask(mesh) == [("fast", 0, 8)]
 
 
+@pytest.mark.parametrize("lags", [(0, 0, 0, 0, 0), (2, 3, 1, 4, 19), (25, 0, 15, 20, 5)])
+def test_streams_are_spread_over_nodes_that_are_alike_though_their_lags_are_noisy(lags: tuple[int, ...]) -> None:
+    """So a node that is lost takes few streams along, and more than one rebuilds them."""
+    mesh = view(*(member(f"n{i}", (0, 8), load={"lag_ms": float(lag)}) for i, lag in enumerate(lags)))
+    sent: Counter[str] = Counter()
+    for seed in range(16):
+        sent.update(node for node, _, _ in ask(mesh, seed=seed, max_layers=2, outstanding=dict(sent)))
+    assert max(sent.values()) <= 16
+    assert min(sent.values()) >= 16 * 4 / 5 / 2, sent
+
+
 # --- recovery
 
 
