@@ -17,7 +17,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from email.message import Message
 from pathlib import Path
 from typing import Any
@@ -121,8 +121,10 @@ class LocalMesh:
         flags: list[str] | None = None,
         threads: int | None = None,
         patience_s: float = 120.0,
+        devices: Sequence[str] = (),
     ) -> None:
-        """``patience_s``: how long to wait for the nodes to start, unless a verb says otherwise."""
+        """``patience_s``: how long to wait for the nodes to start, unless a verb says otherwise; ``devices``: what
+        nodes compute on, in turn."""
         self.patience_s = patience_s
         self._own_folder = folder is None
         self.folder = folder or Path(tempfile.mkdtemp(prefix="murmur-"))
@@ -132,7 +134,9 @@ class LocalMesh:
         self.nodes = [
             LocalNode(f"node-{i}", self.folder / f"node-{i}", api, peer, common) for i, (api, peer) in enumerate(ports)
         ]
-        self.nodes[0].flags = [*common, *(flag for model in models for flag in ("--model", model))]
+        for i, node in enumerate(self.nodes):
+            node.flags = [*common, *(("--device", devices[i % len(devices)]) if devices else ())]
+        self.nodes[0].flags += [flag for model in models for flag in ("--model", model)]
         self.token = ""
 
     def start(self, timeout: float | None = None) -> None:

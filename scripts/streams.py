@@ -24,6 +24,9 @@ class Streams:
         self.engine, self.info = engine, info
         self.arrived: dict[str, list[float]] = {}
         """When each token of a stream came."""
+        self.held: dict[str, Any] = {}
+        """Last tokens of prompts that are to be computed together."""
+        self._reached: dict[str, int] = {}
         self._left: dict[str, int] = {}
         self._news = asyncio.Event()
         engine.on_results = self._take
@@ -36,12 +39,14 @@ class Streams:
 
         with tempfile.TemporaryDirectory() as hashes:
             info = (await offer(folder, "bench", dtype, Path(hashes), quantize)).info
-        engine = Engine(EngineConfig(kv_bytes=4 << 30, **config))
+        engine = Engine(EngineConfig(**{"kv_bytes": 4 << 30, **config}))
         await engine.load(info, folder, LayerSpan(info.id, 0, info.n_layers))
         return cls(engine, info)
 
-    def start(self, key: str, tokens: tuple[int, ...], draws: int, pages: tuple[int, ...] = ()) -> None:
-        """``pages``: numbers of kept ones that the prompt begins with."""
+    def start(
+        self, key: str, tokens: tuple[int, ...], draws: int, pages: tuple[int, ...] = (), held: bool = False
+    ) -> None:
+        """``pages``: numbers of kept ones that the prompt begins with; ``held``: its last token is not computed yet."""
         from mesh.pipeline.prefix import PAGE
         from mesh.types import SamplingParams
         from node.engine.sequence import SequenceSpec, Work
@@ -63,7 +68,10 @@ class Streams:
             self.engine.take_pages(key, PAGE, pages)
         first = PAGE * len(pages)
         rest = tokens[first:]
-        self.engine.submit(Work(key=key, tag=0, start=first, n=len(rest), tokens=rest, sample=True))
+        now = rest[:-1] if held else rest
+        if held:
+            self.held[key] = Work(key=key, tag=0, start=len(tokens) - 1, n=1, tokens=rest[-1:], sample=True)
+        self.engine.submit(Work(key=key, tag=0, start=first, n=len(now), tokens=now, sample=not held))
 
     def _take(self, results: list[Any]) -> None:
         from node.engine.sequence import Work
@@ -71,6 +79,8 @@ class Streams:
         now = time.perf_counter()
         for result in results:
             assert not result.error, result.error
+            if result.sampled is None and result.key in self.held:
+                self._reached[result.key] = result.start + result.n
             if result.sampled is None or result.key not in self._left:
                 continue
             key, drawn = result.key, result.sampled
@@ -106,3 +116,15 @@ class Streams:
             self.start(f"s{number}", prompt(length, number), draws)
         await self.wait()
         return time.perf_counter() - began
+
+    async def decode_seconds(self, streams: int, length: int, draws: int) -> float:
+        """From the first to the last of ``draws`` tokens of ``streams`` prompts, all of which are computed before."""
+        keys = [f"s{number}" for number in range(streams)]
+        for number, key in enumerate(keys):
+            self.start(key, prompt(length, number), draws, held=True)
+        await self.until(lambda: all(self._reached.get(key) == length - 1 for key in keys))
+        self._reached.clear()
+        for key in keys:
+            self.engine.submit(self.held.pop(key))
+        await self.wait()
+        return max(self.arrived[key][-1] for key in keys) - min(self.arrived[key][0] for key in keys)

@@ -17,7 +17,7 @@ import torch
 from node.lazy import transformers
 
 if TYPE_CHECKING:
-    from node.engine.batch import Batch
+    from node.engine.batch import Packed
 
 NAME = "murmur"
 _running = threading.local()
@@ -37,7 +37,7 @@ class MaskRule:
 
 
 @contextmanager
-def running(batch: Batch) -> Iterator[None]:
+def running(batch: Packed) -> Iterator[None]:
     """Attention in this thread works on ``batch``."""
     _running.batch = batch
     try:
@@ -46,7 +46,7 @@ def running(batch: Batch) -> Iterator[None]:
         del _running.batch
 
 
-def current() -> Batch:
+def current() -> Any:
     """The batch that this thread's attention works on."""
     return _running.batch
 

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from node.engine.attention import MaskRule
-from node.engine.kv_cache import Extent, Place
+from node.engine.kv_cache import Extent
 from node.engine.pages import PAGE, padded, runs_of
 
 Mask = torch.Tensor
@@ -28,7 +28,8 @@ Mask = torch.Tensor
 class Rows(msgspec.Struct, frozen=True):
     """Positions [start, start + n) of the sequence at ``place``."""
 
-    place: Place
+    place: Any
+    """``Place``, or ``PagedPlace`` off the CPU."""
     start: int
     n: int
 
@@ -78,28 +79,48 @@ def packed_order(rows: Sequence[Rows]) -> list[int]:
     return sorted(range(len(rows)), key=place_of)
 
 
-class Batch:
+class Packed:
+    """What a forward asks of its batch, whichever way keys and values are held."""
+
+    def __init__(self, count: int, padded_count: int, positions: torch.Tensor) -> None:
+        self.count, self.padded_count = count, padded_count
+        """Rows, and rows of the forward: what is more only fills it up."""
+        self.positions = positions
+        """[padded_count], on the device."""
+        self.seen: dict[int, tuple[tuple[int, ...], tuple[int, ...]]] = {}
+        """Layer -> shapes of its keys and values, to learn a position's bytes."""
+        self._turning: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+
+    def turning(self, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[1, T, D] each, the same for all layers -> [T, 1, D] each, to turn pairs of halves by.
+
+        x * cos + rotate_half(x) * sin = x * cos + roll(x, D / 2) * (sin with its first half negated).
+        """
+        if self._turning is None or self._turning[0] is not cos:
+            signed = sin[0].clone()
+            signed[:, : sin.shape[-1] // 2].neg_()
+            self._turning = (cos, cos[0, :, None], signed[:, None])
+        return self._turning[1:]
+
+
+class Batch(Packed):
     """The attention of one packed forward over ``rows``, which are in ``packed_order``."""
 
     def __init__(self, rows: Sequence[Rows], device: torch.device, multiple: int = 1) -> None:
-        self.count = sum(r.n for r in rows)
-        self.padded_count = -(-self.count // multiple) * multiple
-        """Rows of the forward: the last one is repeated to a multiple of ``multiple``."""
+        """The last row is repeated to a multiple of ``multiple``."""
+        count = sum(r.n for r in rows)
         positions = [p for r in rows for p in range(r.start, r.start + r.n)]
-        positions += positions[-1:] * (self.padded_count - self.count)
+        positions += positions[-1:] * (-count % multiple)
         self._device = device
-        self.positions = self._numbers(positions)
+        super().__init__(count, len(positions), self._numbers(positions))
         self._masks: dict[tuple[int, int, int], Mask] = {}
         self._rules: list[MaskRule | None] = []
         self._buffers: dict[tuple[int, tuple[int, ...]], tuple[torch.Tensor, torch.Tensor]] = {}
         self._columns: dict[int, torch.Tensor] = {}
-        self._turning: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
         self._singles = [r for r in rows if r.n == 1]
         self._runs = list(self._make_runs())
         self._tiles = list(self._make_tiles(rows))
         self._writes = list(self._make_writes(rows))
-        self.seen: dict[int, tuple[tuple[int, ...], tuple[int, ...]]] = {}
-        """Layer -> shapes of its keys and values, to learn a position's bytes."""
 
     # -- the plan ------------------------------------------------------------------------------------------------------
 
@@ -172,7 +193,7 @@ class Batch:
     ) -> torch.Tensor:
         """Write the rows' keys and values, read what they may see.  [T, H, D] each -> [T, Hq, Dv]."""
         self._write(layer, key, value)
-        product = _plain if softcap is None and sinks is None else _special
+        product = plain if softcap is None and sinks is None else special
         options = (scale, softcap, sinks)
         pieces = [*self._runs, *self._tiles]
         # Rows that only fill up the batch stay zero: NaN would confuse a router.
@@ -185,17 +206,6 @@ class Batch:
                 rows, found = query[piece.first : piece.last], out[piece.first : piece.last]
                 self._attend_piece(number, piece, layer, rows, found, rule, product, options)
         return out
-
-    def turning(self, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """[1, T, D] each, the same for all layers -> [T, 1, D] each, to turn pairs of halves by.
-
-        x * cos + rotate_half(x) * sin = x * cos + roll(x, D / 2) * (sin with its first half negated).
-        """
-        if self._turning is None or self._turning[0] is not cos:
-            signed = sin[0].clone()
-            signed[:, : sin.shape[-1] // 2].neg_()
-            self._turning = (cos, cos[0, :, None], signed[:, None])
-        return self._turning[1:]
 
     def _write(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         self.seen[layer] = (tuple(key.shape[1:]), tuple(value.shape[1:]))
@@ -294,14 +304,15 @@ def _view(tensor: torch.Tensor, low: int, high: int, length: int) -> torch.Tenso
     return tensor.as_strided((high - low, heads, length, size), (width * row, size, row, 1), low * width * row)
 
 
-def _plain(
+def plain(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: Mask, scale: float, *_: Any
 ) -> torch.Tensor:
+    """``query`` [B, Hq, N, D], ``keys`` [B, Hk, K, D], ``values`` [B, Hk, K, Dv], additive mask -> [B, Hq, N, Dv]."""
     shared = query.shape[1] != keys.shape[1]
     return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scale, enable_gqa=shared)
 
 
-def _special(
+def special(
     query: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,

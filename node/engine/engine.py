@@ -15,7 +15,7 @@ import msgspec
 
 from mesh.errors import ConfigError, MeshError, StalePlacement
 from mesh.types import LayerSpan, ModelId, ModelInfo
-from node.engine.pages import KvBudget
+from node.engine.pages import KvBudget, paged_width, width_of
 from node.engine.sequence import EngineStats, Result, SequenceSpec, Work
 from node.text.grammar import Vocabularies
 
@@ -80,7 +80,7 @@ class Engine:
         """Nodes of one hardware class replay to the same bits; known once a span is loaded."""
         self.failed: asyncio.Future[None] | None = None
         """Awaited by whoever must know that the device thread died of a bug; made with the thread."""
-        self._budget = KvBudget(self.config.kv_bytes)
+        self._budget = KvBudget(self.config.kv_bytes, width_of if self.config.device == "cpu" else paged_width)
         self._open: dict[str, SequenceSpec] = {}
         self._loaded: dict[ModelId, Loaded] = {}
         self._known: dict[ModelId, _Known] = {}
@@ -358,4 +358,4 @@ def _make_runner(
 ) -> Runner:
     from node.engine.runner import Runner
 
-    return Runner(config.threads, config.step_rows, deliver, died)
+    return Runner(config.threads, config.step_rows, deliver, died, config.kv_bytes)

@@ -15,14 +15,17 @@ import torch
 import torch.nn.functional as F
 
 from node.engine import experts, products
-from node.engine.batch import Batch, Rows, packed_order
-from node.engine.kv_cache import KvCache
+from node.engine.batch import Rows
 from node.engine.shard import Shard
 
 LENGTHS = (134, 37, 9, 6)
 """Positions of the test's sequences: past a page, past a tile's four, and a few."""
 RULES = (1, 4)
 """Forwards are filled up to a multiple of these many rows (and of what packed products ask for); the cheapest first."""
+BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+"""On pages: all sizes of a forward (``pages.rounded``) up to the rows of a step.  Each may be a kernel of its own, so
+each is tested, and what is exact runs in no other."""
+PAGED_LENGTHS = (sum(BUCKETS), *LENGTHS[1:])
 Step = Sequence[tuple[int, int]]
 """(sequence, rows) pairs that go together."""
 Outputs = list[list[torch.Tensor]]
@@ -33,6 +36,10 @@ def make_exact(shard: Shard, start: int, end: int, threads: int) -> bool:
 
     Rows as they come are enough where all products are packed; others need whole fours.
     """
+    if shard.paged:
+        shard.bucketed = True
+        shard.bucketed = all(_layer_is_exact(shard, i, threads) for i in _one_of_each_kind(shard, start, end))
+        return shard.bucketed
     before = shard.multiple
     for rule in RULES:
         shard.multiple = math.lcm(before, shard.least_multiple, rule)  # layers tested earlier keep their rule
@@ -62,15 +69,32 @@ def _one_of_each_kind(shard: Shard, start: int, end: int) -> list[int]:
 
 def _layer_is_exact(shard: Shard, layer: int, threads: int) -> bool:
     generator = torch.Generator().manual_seed(layer)
+    lengths = PAGED_LENGTHS if shard.paged else LENGTHS
     if layer == 0:
         vocabulary = shard.config.get_text_config(decoder=True).vocab_size
-        given = [torch.randint(0, vocabulary, (n,), generator=generator) for n in LENGTHS]
+        given = [torch.randint(0, vocabulary, (n,), generator=generator) for n in lengths]
     else:
-        given = [torch.randn(n, shard.hidden_size, generator=generator).to(shard.dtype) for n in LENGTHS]
+        given = [torch.randn(n, shard.hidden_size, generator=generator).to(shard.dtype) for n in lengths]
+    first, *others = _paged() if shard.paged else (_alone(), _mixed(), [list(enumerate(LENGTHS))])
     torch.set_num_threads(1)
-    alone = _play(shard, layer, given, [[(i, n)] for i, n in enumerate(LENGTHS)])
+    alone = _play(shard, layer, given, first)
     torch.set_num_threads(threads)
-    return all(_same(_play(shard, layer, given, steps), alone) for steps in (_mixed(), [list(enumerate(LENGTHS))]))
+    return all(_same(_play(shard, layer, given, steps), alone) for steps in others)
+
+
+def _alone() -> list[Step]:
+    return [[(i, n)] for i, n in enumerate(LENGTHS)]
+
+
+def _paged() -> tuple[list[Step], ...]:
+    """In the largest forwards, alone; one forward of every size; in company."""
+    size, rest = BUCKETS[-1], list(enumerate(LENGTHS))[1:]
+    whole, left = divmod(PAGED_LENGTHS[0], size)
+    alone: list[Step] = [*[[(0, size)]] * whole, [(0, left)], *([one] for one in rest)]
+    every: list[Step] = [*([(0, n)] for n in BUCKETS), rest]
+    beside = size - sum(n for _, n in rest)
+    company: list[Step] = [[(0, beside), *rest], *[[(0, size)]] * (whole - 1), [(0, left + size - beside)]]
+    return alone, every, company
 
 
 def _mixed() -> list[Step]:
@@ -82,15 +106,15 @@ def _mixed() -> list[Step]:
 
 def _play(shard: Shard, layer: int, given: list[torch.Tensor], steps: Sequence[Step]) -> Outputs:
     """Run ``steps`` through one layer; per sequence its hidden states (and logits, behind the last layer)."""
-    cache = KvCache()
+    cache = shard.cache()
     places = [cache.open(layer, layer + 1, len(rows)) for rows in given]
     done = [0] * len(given)
     outputs: Outputs = [[] for _ in given]
     for step in steps:
         rows = [Rows(places[i], done[i], n) for i, n in step]
-        order = packed_order(rows)
+        order = shard.order(rows)
         pieces = [given[step[j][0]][rows[j].start : rows[j].start + rows[j].n] for j in order]
-        batch = Batch([rows[j] for j in order], shard.device, shard.multiple)
+        batch = shard.batch([rows[j] for j in order])
         wanted = torch.arange(batch.count) if _has_head(shard, layer) else None
         hidden, logits = shard.packed(layer, layer + 1, torch.cat(pieces), batch, wanted)
         first = 0

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Many
-from typing import cast
+from typing import Any, cast
 
 import msgspec
 import torch
 
-from node.engine.batch import Batch, Rows, packed_order
+from node.engine.batch import Rows
 from node.engine.compat import CompatState
-from node.engine.kv_cache import KvCache, Place
+from node.engine.graphs import Graphs, capture_on
+from node.engine.kv_cache import Place
 from node.engine.memory import trim
+from node.engine.page_pool import PagedCache, PagedPlace
 from node.engine.sampler import Row, draw, score
 from node.engine.scheduler import Slice
 from node.engine.selfcheck import Mode
@@ -21,6 +23,9 @@ from node.engine.shared import PageStore
 from node.engine.shipping import piece_positions, read_pages, write_pages
 from node.engine.span import Part
 from node.engine.transfer import host_empty, to_host
+
+PLACES = (Place, PagedPlace)
+"""Where the packed mode keeps a sequence."""
 
 
 class Piece(msgspec.Struct, frozen=True):
@@ -51,10 +56,12 @@ class Heads(msgspec.Struct, frozen=True):
 class Holding:
     """A loaded model.  Only the device thread calls it."""
 
-    def __init__(self, shard: Shard, mode: Mode) -> None:
+    def __init__(self, shard: Shard, mode: Mode, kv_bytes: int = 0) -> None:
         self.shard, self.mode = shard, mode
-        self.cache = KvCache()
+        self.cache: Any = shard.cache(kv_bytes)
         self.pages = PageStore()
+        capture = capture_on(shard.device) if mode == "packed" and shard.paged else None
+        self.graphs = Graphs(shard, self.cache.pool, capture) if capture is not None else None
         self.wanted = shard.part
         """What placement wants here; layers beyond it stay while sessions use them."""
 
@@ -68,7 +75,7 @@ class Holding:
             sequence.state = CompatState(self.shard, spec.start, spec.end)
 
     def close(self, sequence: Sequence) -> None:
-        if isinstance(sequence.state, Place):
+        if isinstance(sequence.state, PLACES):
             self.cache.close(sequence.state)
         sequence.state = None
 
@@ -83,19 +90,19 @@ class Holding:
     def keep_pages(self, sequence: Sequence, size: int, pages: Many[tuple[int, int]]) -> None:
         """Copy positions that are computed, each page of ``size`` of them."""
         spec = sequence.spec
-        self.pages.keep(cast(Place, sequence.state), spec.start, spec.end, size, pages)
+        self.pages.keep(cast(Any, sequence.state), spec.start, spec.end, size, pages)
 
     def take_pages(self, sequence: Sequence, size: int, pages: Many[int]) -> bool:
         """Begin behind ``pages``; ``False``: not all of them are here."""
         spec = sequence.spec
-        taken = self.pages.take(cast(Place, sequence.state), spec.start, spec.end, size, pages)
+        taken = self.pages.take(cast(Any, sequence.state), spec.start, spec.end, size, pages)
         sequence.length = size * len(pages) if taken else 0
         return taken
 
     def read_pages(self, sequence: Sequence, layers: tuple[int, int], start: int, end: int) -> tuple[int, bytes]:
         """Of positions [start, end) the first ``n``, and their keys and values; 0: they cannot be read."""
         place, end = sequence.state, min(end, sequence.length)
-        if not isinstance(place, Place) or start >= end:
+        if not isinstance(place, PLACES) or start >= end:
             return 0, b""
         n = min(end - start, piece_positions(place, range(*layers)))
         return n, read_pages(place, range(*layers), start, n)
@@ -103,7 +110,7 @@ class Holding:
     def write_pages(self, sequence: Sequence, start: int, n: int, piece: memoryview) -> bool:
         """``False``: the piece is not the next one of this sequence."""
         spec, place = sequence.spec, sequence.state
-        if not isinstance(place, Place) or start != sequence.length or start + n > spec.max_positions:
+        if not isinstance(place, PLACES) or start != sequence.length or start + n > spec.max_positions:
             return False
         try:
             write_pages(place, range(spec.start, spec.end), start, n, self.shard.dtype, self.shard.device, piece)
@@ -120,7 +127,11 @@ class Holding:
         before = self.shard.part
         self.shard.keep(Part(tuple(sorted(layers)), embed, head))
         if self.shard.part != before:
-            trim()
+            if self.graphs is not None:
+                self.graphs.clear()
+            if isinstance(self.cache, PagedCache):  # an extent goes with its last sequence
+                self.cache.pool.keep(self.shard.part.layers)
+            trim(self.shard.device)
 
     # -- one group of a step -------------------------------------------------------------------------------------------
 
@@ -128,16 +139,20 @@ class Holding:
         """Run layers [start, end) for ``pieces``; answers in their order of computation."""
         if self.mode == "compat":
             return [result for piece in pieces for result in self._compute_one(start, end, piece)]
-        rows = [Rows(cast(Place, p.sequence.state), p.start, p.n) for p in pieces]
-        order = packed_order(rows)
+        rows = [Rows(p.sequence.state, p.start, p.n) for p in pieces]
+        order = self.shard.order(rows)
         pieces = [pieces[i] for i in order]
         given = self._given(start, pieces)
         if start > 0 and not given.isfinite().all():
             return self._without_broken(start, end, pieces, given)
-        batch = Batch([rows[i] for i in order], self.shard.device, self.shard.multiple)
-        heads = self._heads(end, pieces)
-        hidden, logits = self.shard.packed(start, end, given, batch, torch.tensor(heads.rows) if heads.rows else None)
-        return self._results(end, pieces, hidden, logits, heads)
+        rows, heads = [rows[i] for i in order], self._heads(end, pieces)
+        found = self.graphs.run(start, end, rows, given) if self.graphs is not None else None
+        if found is None:
+            wanted = torch.tensor(heads.rows) if heads.rows else None
+            found = self.shard.packed(start, end, given, self.shard.batch(rows), wanted)
+        elif len(heads.rows) < len(rows) and found[1] is not None:
+            found = (found[0], found[1][heads.rows] if heads.rows else None)
+        return self._results(end, pieces, *found, heads)
 
     def _compute_one(self, start: int, end: int, piece: Piece) -> list[Result]:
         given = self._given(start, [piece])

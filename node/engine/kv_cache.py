@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from node.engine.memory import Mapping
-from node.engine.pages import Slots, width_of
+from node.engine.pages import Slots, padded, width_of
 
 
 class Extent:
@@ -81,6 +81,20 @@ class Place:
 
     def __init__(self, extent: Extent, slot: int) -> None:
         self.extent, self.slot = extent, slot
+
+    def read(self, layer: int, start: int, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of positions [start, start + n): [n, H, D] each."""
+        keys, values = self.extent.tensors(layer)
+        return keys[self.slot, start : start + n], values[self.slot, start : start + n]
+
+    def write(self, layer: int, start: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Set positions from ``start`` on to ``key`` and ``value`` [n, H, D].  ``ValueError``: other heads."""
+        end = start + key.shape[0]
+        for target, rows in zip(self.extent.layer(layer, key, value), (key, value), strict=True):
+            if target.shape[2:] != rows.shape[1:]:
+                raise ValueError(f"layer {layer} has heads {tuple(target.shape[2:])}, not {tuple(rows.shape[1:])}")
+            target[self.slot, start:end] = rows
+            target[self.slot, end : padded(end)] = 0  # masked columns are never NaN
 
 
 class KvCache:

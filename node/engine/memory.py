@@ -16,10 +16,13 @@ from collections.abc import Callable, Sequence
 import torch
 
 
-def trim() -> None:
-    """Give the system what malloc keeps of memory that nobody holds any more; a no-op without glibc."""
+def trim(device: torch.device | None = None) -> None:
+    """Give the system what malloc keeps of memory that nobody holds any more (a no-op without glibc), and ``device``,
+    if it is a GPU, what torch keeps there."""
     if (call := _malloc_trim()) is not None:
         call(0)
+    if device is not None and device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 @functools.cache

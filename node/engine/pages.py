@@ -9,21 +9,33 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from mesh.errors import CapacityError
 
 PAGE = 128
 """Positions; key lengths are rounded up to it, since bits depend on how a kernel blocks its keys."""
 
+GPU_PAGE = 256
+"""Positions; FlashAttention 2, which torch brings, reads pages of a multiple of this."""
+
 
 def width_of(positions: int) -> int:
     """The width class that holds ``positions``: whole pages, growing by at most a half (1, 2, 3, 4, 6, 8, 12 ...)."""
-    pages = max(1, -(-positions // PAGE))
-    power = 1 << (pages.bit_length() - 1)
-    if pages == power:
-        return power * PAGE
-    return (power * 3 // 2 if power > 1 and pages <= power * 3 // 2 else power * 2) * PAGE
+    return rounded(max(1, -(-positions // PAGE))) * PAGE
+
+
+def paged_width(positions: int) -> int:
+    """The positions of the pages that hold ``positions`` on a GPU."""
+    return max(1, -(-positions // GPU_PAGE)) * GPU_PAGE
+
+
+def rounded(n: int) -> int:
+    """The next of 1, 2, 3, 4, 6, 8, 12, 16, 24 ... from ``n`` on."""
+    power = 1 << (n.bit_length() - 1)
+    if n == power:
+        return n
+    return power * 3 // 2 if power > 1 and n <= power * 3 // 2 else power * 2
 
 
 def padded(positions: int) -> int:
@@ -37,8 +49,9 @@ class KvBudget:
     Shared pages take what is left: they are never in the way of a promise, but then have to go (``excess``).
     """
 
-    def __init__(self, total: int) -> None:
-        self.total = total
+    def __init__(self, total: int, width: Callable[[int], int] = width_of) -> None:
+        """``width``: the positions that are taken for a sequence of so many."""
+        self.total, self._width = total, width
         self.used = 0
         self._held: dict[str, tuple[int, int]] = {}
         """Sequence -> bytes promised, and bytes of one position."""
@@ -49,7 +62,7 @@ class KvBudget:
         """The bytes promised.  Raises ``CapacityError``, with when to ask again and what is lacking, if they do not
         fit."""
         assert key not in self._held, f"{key} is open already"
-        need = width_of(positions) * bytes_per_position
+        need = self._width(positions) * bytes_per_position
         if self.used + need > self.total:
             # Room comes back when a sequence ends; the fuller with small ones, the sooner.
             wait = min(5.0, 0.25 + 4.0 * need / max(1, self.total))

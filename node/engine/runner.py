@@ -33,8 +33,15 @@ Deliver = Callable[[list[Result]], None]
 class Runner:
     """Everything below ``post`` runs on the thread."""
 
-    def __init__(self, threads: int, step_rows: int, deliver: Deliver, died: Callable[[BaseException], None]) -> None:
-        self._threads, self._step_rows = threads, step_rows
+    def __init__(
+        self,
+        threads: int,
+        step_rows: int,
+        deliver: Deliver,
+        died: Callable[[BaseException], None],
+        kv_bytes: int = 0,
+    ) -> None:
+        self._threads, self._step_rows, self._kv_bytes = threads, step_rows, kv_bytes
         self._deliver, self._died = deliver, died
         self._inbox: SimpleQueue[tuple[Callable[..., None], tuple[Any, ...]]] = SimpleQueue()
         self._stopping = False
@@ -248,7 +255,7 @@ class Runner:
         """Take over a freshly loaded shard, next to the layers that are here already."""
         holding = self._models.get(model)
         if holding is None:
-            self._models[model] = holding = Holding(shard, mode)
+            self._models[model] = holding = Holding(shard, mode, self._kv_bytes)
             shard.use(_attention_of(mode))
         elif shard is not holding.shard:
             holding.shard.adopt(shard)

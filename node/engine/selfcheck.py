@@ -13,9 +13,8 @@ import torch
 
 from mesh.errors import ConfigError
 from node.engine import attention
-from node.engine.batch import Batch, Rows
+from node.engine.batch import Rows
 from node.engine.compat import CompatState
-from node.engine.kv_cache import KvCache
 from node.engine.shard import Shard
 
 Mode = Literal["packed", "compat"]
@@ -114,12 +113,12 @@ def _turns_by_length(text: Any) -> str:
 def _try_packed(
     shard: Shard, start: int, end: int, given: torch.Tensor, expected: Outcome, tolerance: float
 ) -> tuple[int, ...] | str:
-    cache = KvCache()
+    cache = shard.cache()
     place = cache.open(start, end, sum(CHUNKS))
     outcomes, first = [], 0
     try:
         for n in CHUNKS:
-            batch = Batch([Rows(place, first, n)], shard.device, shard.multiple)
+            batch = shard.batch([Rows(place, first, n)])
             rows = torch.arange(n) if expected[1] is not None else None
             outcomes.append(shard.packed(start, end, given[first : first + n], batch, rows))
             first += n
@@ -152,7 +151,7 @@ def _difference(outcomes: list[Outcome], expected: Outcome, tolerance: float) ->
         found = torch.cat([outcome[i] for outcome in outcomes]).float()
         share = (found - expected[i].float()).abs().max() / expected[i].float().abs().max().clamp_min(1e-9)
         if not share <= tolerance:
-            return f"{what} differ by {share:.1e}"
+            return f"{what} differ by {float(share):.1e}"
     return ""
 
 

@@ -9,14 +9,19 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from node.engine import attention, experts, products
-from node.engine.batch import Batch
+from node.engine.batch import Batch, Packed, Rows, packed_order
+from node.engine.kv_cache import KvCache
 from node.engine.lean import LeanLayer, lean_form
+from node.engine.page_pool import PagedCache
+from node.engine.paged import PagedBatch
+from node.engine.pages import rounded
 from node.engine.span import Absent, Layout, Part, Skipped, copy_scalars, replace_module
 
 CPU = torch.device("cpu")
@@ -114,6 +119,10 @@ class Shard:
         """The compat mode passes a mask of ones; found by the self-check."""
         self.multiple = 1
         """Rows of a forward are filled up to a multiple of this: the exact mode's rule for this model."""
+        self.bucketed = False
+        """Or, on pages, to one of a few sizes: the exact mode's rule there."""
+        self._windows: dict[int, int | None] = {}
+        """What all pools of pages know of this model's masks."""
         self._flow = _Flow()
         self._owner = model.get_submodule(self.layout.owner) if self.layout.owner else model
         self._takes = {
@@ -192,6 +201,8 @@ class Shard:
                 replace_module(self.model, name, other.model.get_submodule(name))
         self.part = self.part.union(other.part)
         self.multiple = math.lcm(self.multiple, other.multiple)
+        self.bucketed = self.bucketed or other.bucketed
+        self._windows.update(other._windows)
 
     def keep(self, part: Part) -> None:
         """Give up what is not in ``part``."""
@@ -210,6 +221,31 @@ class Shard:
         for slot in self._layers:
             slot.lean = None
 
+    # -- how keys and values are held: extents on the CPU, pages elsewhere ---------------------------------------------
+
+    @property
+    def paged(self) -> bool:
+        return self.device.type != "cpu"
+
+    def cache(self, budget: int = 0) -> KvCache | PagedCache:
+        """Room for keys and values; ``budget``: bytes past which pages are taken one by one."""
+        return PagedCache(budget, self._windows) if self.paged else KvCache()
+
+    def order(self, rows: Sequence[Rows]) -> list[int]:
+        """The order in which ``batch`` wants its rows: indices into ``rows``."""
+        return list(range(len(rows))) if self.paged else packed_order(rows)
+
+    def batch(self, rows: Sequence[Rows]) -> Packed:
+        """One forward over ``rows``, which are in ``order``."""
+        if not self.paged:
+            return Batch(rows, self.device, self.multiple)
+        return PagedBatch.of(rows[0].place.pool, rows, self.device, self.filled(sum(r.n for r in rows)))
+
+    def filled(self, count: int) -> int:
+        """Rows of a forward of ``count``, on pages."""
+        count = rounded(count) if self.bucketed else count
+        return -(-count // self.multiple) * self.multiple
+
     # -- forward -------------------------------------------------------------------------------------------------------
 
     def use(self, attention_name: str) -> None:
@@ -219,7 +255,7 @@ class Shard:
 
     @torch.inference_mode()
     def packed(
-        self, start: int, end: int, given: torch.Tensor, batch: Batch, rows: torch.Tensor | None = None
+        self, start: int, end: int, given: torch.Tensor, batch: Packed, rows: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Layers [start, end) over the rows of ``batch``.
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from node.engine.kv_cache import Extent, Place
-from node.engine.pages import padded
+from node.engine.page_pool import PagedPlace
 
 CHUNK = 64
 """Pages in one extent: it is never copied, and is given back when the last of them is dropped."""
@@ -32,33 +32,27 @@ class PageStore:
         return len(self._places)
 
     @torch.inference_mode()
-    def keep(self, source: Place, start: int, end: int, size: int, pages: Sequence[tuple[int, int]]) -> None:
+    def keep(
+        self, source: Place | PagedPlace, start: int, end: int, size: int, pages: Sequence[tuple[int, int]]
+    ) -> None:
         """Copy ``size`` positions of ``source``, layers [start, end), for each (first position, number)."""
         where = (start, end, size)
         for position, number in pages:
             place = self._open(where)
             self._places[number] = where, place
             for layer in range(start, end):
-                tensors = source.extent.tensors(layer)
-                for target, tensor in zip(place.extent.layer(layer, *(t[0] for t in tensors)), tensors, strict=True):
-                    target[place.slot] = tensor[source.slot, position : position + size]
+                place.write(layer, 0, *source.read(layer, position, size))
 
     @torch.inference_mode()
-    def take(self, target: Place, start: int, end: int, size: int, pages: Sequence[int]) -> bool:
+    def take(self, target: Place | PagedPlace, start: int, end: int, size: int, pages: Sequence[int]) -> bool:
         """Begin ``target`` with ``pages``; ``False``: not all of them are here."""
         places = [self._places.get(number) for number in pages]
         if any(place is None or place[0] != (start, end, size) for place in places):
             return False
-        length = size * len(pages)
         for index, found in enumerate(places):
             assert found is not None
-            _, page = found
             for layer in range(start, end):
-                tensors = page.extent.tensors(layer)
-                for into, tensor in zip(target.extent.layer(layer, *(t[0] for t in tensors)), tensors, strict=True):
-                    into[target.slot, index * size : (index + 1) * size] = tensor[page.slot]
-                    if index == len(pages) - 1:  # masked columns are read, too
-                        into[target.slot, length : padded(length)] = 0
+                target.write(layer, index * size, *found[1].read(layer, 0, size))
         return True
 
     def drop(self, pages: Sequence[int]) -> None:

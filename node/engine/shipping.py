@@ -9,7 +9,7 @@ import msgspec
 import torch
 
 from node.engine.kv_cache import Place
-from node.engine.pages import padded
+from node.engine.page_pool import PagedPlace
 from node.engine.transfer import to_host
 
 PIECE_BYTES = 2 << 20
@@ -33,16 +33,15 @@ class Header(msgspec.Struct, frozen=True, array_like=True):
 _decode = msgspec.msgpack.Decoder(Header).decode
 
 
-def piece_positions(place: Place, layers: range) -> int:
+def piece_positions(place: Place | PagedPlace, layers: range) -> int:
     """How many positions make a piece."""
-    tensors = [part for i in layers for part in place.extent.tensors(i)]
-    each = sum(t.shape[2] * t.shape[3] * t.element_size() for t in tensors)
+    each = sum(part.nbytes for i in layers for part in place.read(i, 0, 1))
     return max(1, min(PIECE_POSITIONS, PIECE_BYTES // max(1, each)))
 
 
-def read_pages(place: Place, layers: range, start: int, n: int) -> bytes:
+def read_pages(place: Place | PagedPlace, layers: range, start: int, n: int) -> bytes:
     """Positions [start, start + n), which are computed."""
-    tensors = [part[place.slot, start : start + n] for i in layers for part in place.extent.tensors(i)]
+    tensors = [part for i in layers for part in place.read(i, start, n)]
     shapes = [(t.shape[1], t.shape[2]) for t in tensors]
     kinds = tuple(Layer(key, value) for key, value in zip(shapes[::2], shapes[1::2], strict=True))
     header = msgspec.msgpack.encode(Header(n, _name(tensors[0].dtype), kinds))
@@ -51,7 +50,13 @@ def read_pages(place: Place, layers: range, start: int, n: int) -> bytes:
 
 
 def write_pages(
-    place: Place, layers: range, start: int, n: int, dtype: torch.dtype, device: torch.device, piece: memoryview
+    place: Place | PagedPlace,
+    layers: range,
+    start: int,
+    n: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    piece: memoryview,
 ) -> None:
     """Write what ``read_pages`` read of the same positions, on ``device``.  ``ValueError``: it is not that."""
     length = int.from_bytes(piece[:4], "big")
@@ -71,11 +76,7 @@ def write_pages(
     for index, layer in zip(layers, header.layers, strict=True):
         key, flat = _first(flat, (n, *layer.key))
         value, flat = _first(flat, (n, *layer.value))
-        for target, rows in zip(place.extent.layer(index, key, value), (key, value), strict=True):
-            if target.shape[2:] != rows.shape[1:]:
-                raise ValueError(f"layer {index} has heads {tuple(target.shape[2:])}, not {tuple(rows.shape[1:])}")
-            target[place.slot, start : start + n] = rows
-            target[place.slot, start + n : padded(start + n)] = 0  # masked columns are never NaN
+        place.write(index, start, key, value)
 
 
 def _first(flat: torch.Tensor, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from tests.node.engine.recorded import as_one
+from tests.node.engine.varlen import written_out
 from tests.tiny_models import VOCABULARY, write_tiny
 
 LENGTHS = (23, 70, 5, 41)
@@ -64,3 +67,19 @@ def _generate(folder: Path, prompt: list[int], tokens: int = 12) -> list[int]:
         ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=tokens, eos_token_id=None
     )
     return out[0, len(prompt) :].tolist()
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The kernel written out, on every device; how often it was called."""
+    from node.engine import paged
+
+    calls: list[int] = []
+
+    def called(*args: Any, **kwargs: Any) -> torch.Tensor:
+        calls.append(1)
+        return written_out(*args, **kwargs)
+
+    monkeypatch.setattr(paged, "varlen_attn", as_one(called))
+    monkeypatch.setattr(paged, "fits_kernel", lambda query, value: True)
+    return calls
