@@ -12,6 +12,8 @@ from node.engine.engine import Engine, EngineConfig
 from node.engine.sequence import Result, SequenceSpec, Work
 
 MODEL = ModelId("tiny")
+PATIENCE_S = 300.0
+"""A chain that stands still does so for good; one on a busy machine was seen to take more than a minute."""
 GREEDY = SamplingParams(temperature=0.0, max_tokens=16)
 
 
@@ -101,7 +103,7 @@ class Chain:
         """Every sequence opened has drawn its tokens."""
         dead = [asyncio.ensure_future(asyncio.shield(e.failed)) for e in self.engines if e.failed is not None]
         idle = asyncio.ensure_future(self._idle.wait())
-        done, rest = await asyncio.wait([idle, *dead], return_when=asyncio.FIRST_COMPLETED, timeout=60)
+        done, rest = await asyncio.wait([idle, *dead], return_when=asyncio.FIRST_COMPLETED, timeout=PATIENCE_S)
         for task in rest:
             task.cancel()
         assert done, "the chain stands still"
