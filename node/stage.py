@@ -108,11 +108,11 @@ class StageService:
         return sum(pending.bytes for pending in self._pending.values())
 
     def kept(self) -> dict[str, int]:
-        """Bytes of checkpointed rows: in memory, also on their way to the disk; on the disk; read from there and given
-        up, so far."""
+        """Bytes of sessions' checkpointed rows: in memory, also on their way to the disk; on the disk; read from there and
+        given up, so far.  Those of shared pages, which stay, are not among them."""
         keeper = self.core.keeper
         return {
-            "memory_bytes": self.core.held_bytes + keeper.writing,
+            "memory_bytes": self.core.checkpoint_bytes + keeper.writing,
             "disk_bytes": keeper.ledger.disk,
             "read_bytes": self._disk.read_bytes if self._disk is not None else 0,
             "dropped_bytes": keeper.dropped_bytes,

@@ -149,6 +149,7 @@ async def test_shared_pages_are_kept_and_taken_and_go_when_the_engine_needs_thei
     world.take()
     world.service.on_results([world.result(0, 4)])
     assert world.take()[0] == [("keep", ("s#1", 2, ((0, 1), (2, 2))))]
+    assert world.service.kept()["memory_bytes"] == world.service.core.pages.row_bytes == 4 * ROW, "the session's own"
     world.open(1, session="t", chain=(b"a", b"b"))
     assert [told for told in world.take()[0] if told[0] != "open"] == [("take", ("t#2", 2, (1, 2)))]
     world.engine.excess = 21
