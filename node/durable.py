@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from mesh.errors import CapacityError, MeshError
+from mesh.errors import CapacityError, MeshError, PeerUnreachable
 from mesh.pipeline import messages as m
 from mesh.pipeline.events import State
 from mesh.pipeline.journal import Journals, holders
@@ -100,9 +100,13 @@ class Durable:
             raise CapacityError(f"{MAX_KEPT} sessions of class batch are kept at this node already", 5.0)
 
     async def keep(self, request: GenerationRequest) -> None:
-        """Before a request is accepted, which runs already: on disk when this returns."""
+        """Before a request is accepted, which runs already: on disk when this returns.  Raises ``CapacityError``."""
         if request.priority == "batch":
             await self.write()
+            if request.session not in self._written:
+                raise CapacityError(
+                    "this node's disk is full or fails, and class batch is kept there: ask another", 5.0
+                )
 
     async def write(self) -> None:
         """Bring the disk up to date.  A disk that refuses costs the sessions their copy, not their lives."""
@@ -128,17 +132,27 @@ class Durable:
             yield session.id, _State(head, tuple(session.drawn), session.left_s(now), session.state is State.ENDED)
 
     def _write(self, states: dict[m.SessionId, _State]) -> None:
+        refusal: OSError | None = None
         for session, state in states.items():
-            count, ended = self._written.get(session, (-1, False))
-            if not 0 <= count <= len(state.drawn):
-                self._logs.begin(session, state.head)
-                count, ended = self._written[session] = (0, False)
-            if count < len(state.drawn) or state.ended > ended:
-                self._logs.append(session, Tail(state.drawn[count:], state.left_s, state.ended))
-                self._written[session] = (len(state.drawn), state.ended)
+            try:
+                self._bring(session, state)
+            except OSError as error:  # what there is of it may be torn: begun anew the next time
+                self._written.pop(session, None)
+                refusal = error
         for session in [name for name in self._written if name not in states]:
             self._logs.remove(session)
             del self._written[session]
+        if refusal is not None:
+            raise refusal
+
+    def _bring(self, session: m.SessionId, state: _State) -> None:
+        count, ended = self._written.get(session, (-1, False))
+        if not 0 <= count <= len(state.drawn):
+            self._logs.begin(session, state.head)
+            count, ended = self._written[session] = (0, False)
+        if count < len(state.drawn) or state.ended > ended:
+            self._logs.append(session, Tail(state.drawn[count:], state.left_s, state.ended))
+            self._written[session] = (len(state.drawn), state.ended)
 
     # -- after a restart -----------------------------------------------------------------------------------------------
 
@@ -146,7 +160,10 @@ class Durable:
         """With what was found, if it is this node's turn so long after it came in."""
         for kept in list(self._found):
             if since_s >= kept.head.place * HOLDER_S:
-                await self._go_on(kept)
+                try:
+                    await self._go_on(kept)
+                except PeerUnreachable:  # not all have said whether they own it: asked again in a second
+                    continue
                 self._found.remove(kept)
 
     async def _go_on(self, kept: Kept) -> None:
@@ -156,6 +173,8 @@ class Durable:
             known = await self._relay.find(kept.session, FIND_S) is not None
             if not known and request.idempotency_key and not request.choice:
                 known = await self._claims.claim(request) != kept.session
+        except PeerUnreachable:
+            raise
         except (MeshError, msgspec.DecodeError) as error:
             self._log.warning("a session on disk is of no use", session=kept.session, why=str(error))
             known = True

@@ -104,8 +104,11 @@ class Presence:
             members = [x for x in node.peers.swim.members() if x.node != node.me and x.state == "alive"]
             peers = tuple((x.node, x.address) for x in members[:REMEMBERED])
             if peers and peers != known:
-                known = peers
-                await asyncio.to_thread(remember_peers, node.folder, peers)
+                try:
+                    await asyncio.to_thread(remember_peers, node.folder, peers)
+                    known = peers
+                except OSError as error:  # a full disk may cost the next start its hints, not this life
+                    self._log.warning("where the others are is not on disk", why=str(error))
 
     async def renew(self) -> None:
         """Until cancelled: a new certificate at half of the old one's life."""

@@ -23,16 +23,16 @@ from node.net.calls import ERRORS_BY_CODE
 from node.peers import Peers
 
 PATH = "/peer/sessions/{session}"
-ASK_S = 0.5
-"""For a member to say whether it owns a session."""
+ASK_S, ASK_MOST_S = 0.5, 4.0
+"""For a member to say whether it owns a session; it gets longer each time."""
 FIND_S = 8.0
 """A session that nobody owns for this long is lost: longer than a silent owner goes unnoticed."""
 FIND_EVERY_S, FIND_MOST_S = 0.1, 0.4
 """All members are asked again after this long, each time later: anybody may ask for sessions that none
 knows."""
 ATTACH_TRIES = 3
-HELD, UNKNOWN = -1, -2
-"""Answers of who does not own a session: its journal is here, or nothing is."""
+HELD, SILENT, UNKNOWN = -1, -2, -3
+"""Of who does not own a session: its journal is there, no answer came, or nothing is there."""
 MAX_FRAME = 4 << 20
 KEEPALIVE_S = 5.0
 SILENT_S = 2 * KEEPALIVE_S
@@ -103,31 +103,39 @@ class Relay:
     # -- finding -------------------------------------------------------------------------------------------------------
 
     async def find(self, session: str, patience_s: float) -> NodeId | None:
-        """The node that owns ``session`` in the highest epoch; while none does, up to ``patience_s`` later, or as long
-        as a holder of its journal needs to notice that the owner is lost."""
-        loop, wait_s = asyncio.get_running_loop(), FIND_EVERY_S
+        """The node that owns ``session`` in the highest epoch; while none does, up to ``patience_s`` later.
+
+        As long as a holder of its journal needs to notice that the owner is lost, where there is a holder or not all
+        have answered.  Raises ``PeerUnreachable`` when it is still so then: that nobody has it must not be said.
+        """
+        loop, wait_s, ask_s = asyncio.get_running_loop(), FIND_EVERY_S, ASK_S
         began = loop.time()
         while True:
-            counter, node = await self._ask_all(session)
-            patience_s = FIND_S if counter == HELD else patience_s
-            if counter >= 0 or loop.time() >= began + patience_s:
+            counter, node = await self._ask_all(session, ask_s)
+            patience_s = FIND_S if counter in (HELD, SILENT) else patience_s
+            if counter >= 0:
                 return node
+            if loop.time() >= began + patience_s:
+                break
             await asyncio.sleep(wait_s)
-            wait_s = min(FIND_MOST_S, 2 * wait_s)
+            wait_s, ask_s = min(FIND_MOST_S, 2 * wait_s), min(ASK_MOST_S, 2 * ask_s)
+        if counter != UNKNOWN:
+            raise PeerUnreachable("not all nodes have said whether they have this session: ask again in a moment")
+        return None
 
-    async def _ask_all(self, session: str) -> tuple[int, NodeId | None]:
-        """The newest of what all members say; no node with ``HELD`` and ``UNKNOWN``."""
+    async def _ask_all(self, session: str, ask_s: float) -> tuple[int, NodeId | None]:
+        """The newest of what all members say; no node where none owns it."""
         others = [member.id for member in self._view().live() if member.id != self.me]
-        answers = await asyncio.gather(*(self._ask(node, session) for node in others))
+        answers = await asyncio.gather(*(self._ask(node, session, ask_s) for node in others))
         counter, node = max(zip((*answers, self._counter(session)), (*others, self.me), strict=True))
         return counter, node if counter >= 0 else None
 
-    async def _ask(self, node: NodeId, session: str) -> int:
+    async def _ask(self, node: NodeId, session: str, ask_s: float) -> int:
         try:
-            answer = await self._peers.request(node, "owner", session.encode(), ASK_S)
+            answer = await self._peers.request(node, "owner", session.encode(), ask_s)
             return msgspec.msgpack.decode(answer, type=int)
         except (MeshError, msgspec.DecodeError):
-            return UNKNOWN
+            return SILENT
 
     def _counter(self, session: str) -> int:
         """Of the epoch in which this node owns ``session`` or ended it, or else what it knows of it."""
@@ -161,7 +169,7 @@ class Relay:
         return response
 
     async def _pass_on(self, generation: LiveGeneration, tokens: int, response: web.StreamResponse) -> None:
-        events = generation.events(tokens)
+        events, told = generation.events(tokens), Trace(())
         pending: asyncio.Task[Event | None] | None = None
         try:
             while True:
@@ -173,8 +181,10 @@ class Relay:
                 event, pending = pending.result(), None
                 if event is None:
                     return
-                if isinstance(event, EndEvent):
-                    await response.write(_framed(Trace(generation.recoveries, generation.cached_tokens)))
+                trace = Trace(generation.recoveries, generation.cached_tokens)
+                if trace != told:  # before the token that may be a reader's last
+                    told = trace
+                    await response.write(_framed(trace))
                 await response.write(_framed(_step(event)))
                 if isinstance(event, TokenEvent):
                     generation.acknowledge(event.position)
@@ -229,7 +239,7 @@ class Reading:
     def __init__(self, relay: Relay, request: GenerationRequest, local: LiveGeneration | None, route: str = "") -> None:
         self.request = request
         self._relay, self._local, self._route = relay, local, route
-        self._told: tuple[Recovery, ...] = ()
+        self._told: list[tuple[NodeId, tuple[Recovery, ...]]] = []
         """What owners before this one, or a remote one, had to recover from."""
         self._cached = 0
         """As the last of them said."""
@@ -245,7 +255,8 @@ class Reading:
 
     @property
     def recoveries(self) -> tuple[Recovery, ...]:
-        return self._told + (self._local.recoveries if self._local is not None else ())
+        told = [*self._told, *([(self._relay.me, self._local.recoveries)] if self._local is not None else [])]
+        return tuple(recovery for _, recoveries in told for recovery in recoveries)
 
     def acknowledge(self, position: int) -> None:
         if self._local is not None:
@@ -279,7 +290,10 @@ class Reading:
         left = self._relay.left(self.request)
         if left is not None:
             raise left
-        owner = await self._relay.find(self.request.session, FIND_S)
+        try:
+            owner = await self._relay.find(self.request.session, FIND_S)
+        except PeerUnreachable:
+            return  # asked again
         if owner is None:
             gone = SessionLost(f"after {self._tokens} tokens no node has the session any more")
             gone.code = "session_gone"  # not that it failed: run again under its key it may well end
@@ -291,7 +305,7 @@ class Reading:
                 if isinstance(frame, Broke):
                     raise _failure(frame)
                 if isinstance(frame, Trace):
-                    self._told, self._cached = self._told + frame.recoveries, frame.cached_tokens
+                    self._tell(owner, frame.recoveries, frame.cached_tokens)
                 elif isinstance(frame, Step):
                     for event in (frame.prompt, frame.token, frame.end):
                         if event is not None:
@@ -303,8 +317,15 @@ class Reading:
         """What it told is kept."""
         assert self._local is not None
         local, self._local = self._local, None
-        self._told, self._cached = self._told + local.recoveries, local.cached_tokens
+        self._tell(self._relay.me, local.recoveries, local.cached_tokens)
         return local
+
+    def _tell(self, owner: NodeId, recoveries: tuple[Recovery, ...], cached: int) -> None:
+        """All that ``owner`` had to recover from so far."""
+        if self._told and self._told[-1][0] == owner:
+            self._told.pop()
+        self._told.append((owner, recoveries))
+        self._cached = cached
 
     async def _move_on(self) -> None:
         """The owner yielded or is gone: from now on whatever the mesh says."""

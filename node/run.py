@@ -51,7 +51,10 @@ async def _main(config: NodeConfig) -> int:
         tcp, udp = bind_pair(host, port)
         address = config.advertise or format_address(host, tcp.getsockname()[1])
         _check_reachable(config, address)
-        booted = await boot(folder, config.token, (parse_address(address)[0],), address)
+        try:
+            booted = await boot(folder, config.token, (parse_address(address)[0],), address)
+        except OSError as error:
+            raise ConfigError(f"--data-dir {config.data_dir}: {error.strerror or error}") from error
         keys = booted.durable.committed.content.api_keys
         check_bind(parse_address(config.api, "--api")[0], has_keys=bool(keys))
         name = config.name or f"{socket.gethostname()}-{booted.identity.node_id[:4]}"

@@ -108,8 +108,8 @@ class StageService:
         return sum(pending.bytes for pending in self._pending.values())
 
     def kept(self) -> dict[str, int]:
-        """Bytes of sessions' checkpointed rows: in memory, also on their way to the disk; on the disk; read from there and
-        given up, so far.  Those of shared pages, which stay, are not among them."""
+        """Bytes of sessions' checkpointed rows: in memory, also on their way to the disk; on the disk; read from there
+        and given up, so far.  Those of shared pages, which stay, are not among them."""
         keeper = self.core.keeper
         return {
             "memory_bytes": self.core.checkpoint_bytes + keeper.writing,

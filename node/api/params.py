@@ -214,9 +214,9 @@ def mesh_extras(options: MeshOptions | None, headers_priority: Priority = "norma
             f"mesh.balance must be one of {', '.join(BALANCES)}", param="mesh.balance", code="unknown_policy"
         )
     nodes = tuple(options.allowed_nodes or ())
-    if len(nodes) > 1_000 or any(not n or len(n) > 200 for n in nodes):
+    if options.allowed_nodes == [] or len(nodes) > 1_000 or any(not n or len(n) > 200 for n in nodes):
         raise RequestError(
-            "mesh.allowed_nodes: names of at most 1000 nodes", param="mesh.allowed_nodes", code="out_of_range"
+            "mesh.allowed_nodes: names of 1 to 1000 nodes", param="mesh.allowed_nodes", code="out_of_range"
         )
     limit = options.max_layers or 0
     if limit < 0:

@@ -32,7 +32,7 @@ async def keep_renewed(
     while True:
         try:
             wait_s = await renew_if_due(identity, folder, tls, hosts, ask())
-        except MeshError as error:
+        except (MeshError, OSError) as error:
             failed(str(error))
             wait_s = AGAIN_S
         await asyncio.sleep(min(wait_s, LONGEST_SLEEP_S))

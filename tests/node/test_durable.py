@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from mesh.errors import CapacityError
+from mesh.errors import CapacityError, PeerUnreachable
 from mesh.pipeline.events import State
 from mesh.pipeline.messages import SessionRequest
 from mesh.types import Hop, ModelId, Priority, Route, SamplingParams
@@ -41,6 +41,7 @@ class World:
     def __init__(self, folder: Path) -> None:
         (folder / "sessions").mkdir(exist_ok=True)
         self.now = 100.0
+        self.unsure = False
         self.owned: list[Any] = []
         self.journals: list[Any] = []
         self.owners: dict[str, str] = {}
@@ -55,6 +56,8 @@ class World:
         self.durable = Durable("me", logs, entry, journals, relay, claims, lambda: self.now)
 
     async def _find(self, session: str, patience_s: float) -> str | None:
+        if self.unsure:
+            raise PeerUnreachable("busy")
         return self.owners.get(session)
 
     async def _claim(self, request: GenerationRequest) -> str:
@@ -195,3 +198,55 @@ async def test_a_result_on_disk_is_no_younger_after_a_restart(tmp_path: Path, en
     os.utime(wrote, (earlier - 61.0, earlier - 61.0))
     later = await restarted(tmp_path)
     assert later.logs.names() == ([] if ended else ["a1"])
+
+
+async def test_what_the_disk_refuses_is_not_accepted_and_costs_no_other_session(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world, begin, full = World(tmp_path), SessionLogs.begin, {"a1"}
+
+    def refuse(logs: SessionLogs, session: str, head: Any) -> None:
+        if session in full:
+            raise OSError(28, "No space left on device")
+        begin(logs, session, head)
+
+    monkeypatch.setattr(SessionLogs, "begin", refuse)
+    world.own(asked("a1"), 5)
+    world.own(asked("b1"), 6)
+    with pytest.raises(CapacityError, match="disk"):
+        await world.durable.keep(asked("a1"))
+    assert world.logs.names() == ["b1"]
+    full.clear()
+    await world.durable.keep(asked("a1"))
+    assert (World(tmp_path).logs.read("a1") or pytest.fail("lost")).drawn == (5,)
+
+
+async def test_a_file_that_was_torn_is_begun_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    world, append = World(tmp_path), SessionLogs.append
+    session = world.own(asked("a1"), 5)
+    await world.durable.keep(asked("a1"))
+
+    def tear(logs: SessionLogs, name: str, tail: Any) -> None:
+        append(logs, name, tail)
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as torn:
+        torn.setattr(SessionLogs, "append", tear)
+        session.drawn += [6]
+        await world.durable.write()
+    session.drawn += [7]
+    await world.durable.write()
+    assert (World(tmp_path).logs.read("a1") or pytest.fail("lost")).drawn == (5, 6, 7)
+
+
+async def test_what_not_all_have_denied_waits(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    world.own(asked("a1"), 5)
+    await world.durable.write()
+    again = await restarted(tmp_path)
+    again.unsure = True
+    await again.durable.go_on(0.0)
+    assert (again.restored, again.logs.names()) == ([], ["a1"])
+    again.unsure = False
+    await again.durable.go_on(1.0)
+    assert [kept.drawn for kept in again.restored] == [(5,)]

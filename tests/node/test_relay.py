@@ -9,12 +9,14 @@ from collections.abc import AsyncIterator
 from typing import Any, cast
 from unittest import mock
 
+import msgspec
 import pytest
 from aiohttp import ClientSession, StreamReader, web
 from aiohttp.base_protocol import BaseProtocol
 from aiohttp.test_utils import TestServer
 
 from mesh.errors import Leaving, PeerError, PeerUnreachable
+from mesh.pipeline import events as core
 from mesh.pipeline import messages as m
 from mesh.types import NodeId
 from node import relay
@@ -76,6 +78,7 @@ class Wire:
     def __init__(self, me: str, wires: dict[str, Wire]) -> None:
         self.me, self._wires, self.door = me, wires, Door()
         self.asked: Counter[str] = Counter()
+        self.silent: set[str] = set()
         wires[me] = self
 
     async def start(self) -> None:
@@ -88,8 +91,10 @@ class Wire:
         await self.server.close()
 
     async def request(self, node: str, verb: str, payload: bytes, timeout_s: float) -> bytes:
+        if node in self.silent:
+            raise PeerUnreachable("busy")
         if node not in self._wires:
-            raise PeerUnreachable("a hop of the test")
+            return msgspec.msgpack.encode(relay.UNKNOWN)  # a hop of the test
         self._wires[node].asked[verb] += 1
         return bytes(await self._wires[node].door.verbs[verb](self.me, payload))
 
@@ -215,8 +220,48 @@ async def test_a_journal_that_nobody_adopts_from_is_not_waited_for_without_end(
     monkeypatch.setattr(relay, "FIND_S", 0.3)
     two.held.add("s")
     async with asyncio.timeout(10.0):
-        assert await two.reader.attach("s", 0.0) is None
+        with pytest.raises(PeerUnreachable):
+            await two.reader.attach("s", 0.0)
     assert two.wires[0].asked["owner"] > 1
+
+
+async def test_what_not_all_have_denied_is_not_said_to_be_gone(two: Two, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(relay, "FIND_S", 0.3)
+    two.wires[1].silent.add("a")
+    with pytest.raises(PeerUnreachable, match="not all nodes"):
+        await two.reader.attach("s", 0.0)
+    await two.world.open(request())
+    assert await two.reader.attach("s", 0.0) is not None, "who has it has said so"
+
+
+async def test_a_reader_of_a_session_that_not_all_have_denied_goes_on_looking(
+    two: Two, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generation = await two.world.open(request())
+    reading = await two.read(generation)
+    two.wires[1].silent.update({"owner", "a"})
+    monkeypatch.setattr(relay, "FIND_S", 0.2)
+    tokens = asyncio.create_task(take(reading, 1))
+    await asyncio.sleep(0.5)  # two looks that find nobody
+    two.wires[1].silent.clear()
+    two.world.draw(generation, 20)
+    (first,), _ = await tokens
+    assert first.token == 20
+
+
+async def test_recoveries_are_told_before_the_token_that_may_be_the_last(two: Two) -> None:
+    generation = await two.world.open(request())
+    reading = await two.read(generation)
+    two.world.draw(generation, 20)
+    generation.session.recoveries.append(core.Recovery("reset", 1, "reset", 90.0, 4, "bitwise"))
+    two.world.draw(generation, 21)
+    _, events = await take(reading, 2)
+    assert [(told.cause, told.hop) for told in reading.recoveries] == [("reset", "1")]
+    two.world.draw(generation, STOP)
+    await rest(events)
+    assert len(reading.recoveries) == 1, "each once"
+    reading._tell(NodeId("owner"), reading.recoveries, 0)  # read again, from the same owner
+    assert len(reading.recoveries) == 1
 
 
 async def test_an_owner_that_goes_while_it_is_asked_is_looked_for_again(
