@@ -7,14 +7,18 @@ reader sees the old content or the new, never a mixture, also after a power cut.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from mesh.errors import ConfigError
 
 MAGIC = b"murmur journal 1\n"
 DIGEST_BYTES = 32
+AGAIN_S = 1.0
+"""A disk that refused is tried again after this long."""
 
 
 def write_durably(path: Path, data: bytes, mode: int = 0o600) -> None:
@@ -74,6 +78,16 @@ class Journal:
     def store(self, data: bytes) -> None:
         """Durable when this returns.  Raises ``OSError`` when the disk refuses: the caller must not act on ``data``."""
         write_durably(self.path, MAGIC + hashlib.sha256(data).digest() + data)
+
+
+async def until_stored(store: Callable[[], None], refused: Callable[[OSError], None]) -> None:
+    """Run ``store`` in a thread until it succeeds; ``refused`` hears of every ``OSError``."""
+    while True:
+        try:
+            return await asyncio.to_thread(store)
+        except OSError as error:
+            refused(error)
+            await asyncio.sleep(AGAIN_S)
 
 
 def _write_all(descriptor: int, data: bytes) -> None:

@@ -31,7 +31,7 @@ from mesh.wire import Codec
 from node.driver import Driver
 from node.folder import DataFolder
 from node.identity import KEY_BYTES, Identity, verifier, verify
-from node.journal import Journal
+from node.journal import Journal, until_stored
 from node.mail import KIND as PIPELINE
 from node.net.address import parse_address
 from node.net.datagram import Datagrams
@@ -201,10 +201,19 @@ class Peers:
     # -- durable -------------------------------------------------------------------------------------------------------
 
     async def _persist_election(self, record: Durable) -> None:
-        await asyncio.to_thread(self._journal.store, durables.encode(record))
+        """Nothing is voted for or said before it is written; what else the node does goes on meanwhile."""
+        data = durables.encode(record)
+        await until_stored(lambda: self._journal.store(data), self._refused_by_disk)
 
     async def _persist_incarnation(self, record: gossip_messages.SavedIncarnation) -> None:
-        await asyncio.to_thread(self._folder.keep_incarnation, record.incarnation)
+        """Not waited for, since others would take this node for dead: the next life begins at the clock's anyway."""
+        try:
+            await asyncio.to_thread(self._folder.keep_incarnation, record.incarnation)
+        except OSError as error:
+            self._refused_by_disk(error)
+
+    def _refused_by_disk(self, error: OSError) -> None:
+        self._log.warning("the disk refuses: this node does not vote until it can write", why=str(error))
 
 
 def _gossip_identity(identity: Identity, durable: Durable) -> GossipIdentity:

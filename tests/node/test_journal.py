@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from mesh.errors import ConfigError
-from node.journal import Journal, read_or_none, write_durably
+from node import journal
+from node.journal import Journal, read_or_none, until_stored, write_durably
 
 
 def test_what_was_stored_is_loaded(tmp_path: Path) -> None:
@@ -58,3 +59,17 @@ def test_an_unreadable_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     with pytest.raises(ConfigError, match=r"cannot read .*folder"):
         read_or_none(tmp_path / "folder")
+
+
+async def test_a_disk_that_is_full_for_a_while_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal, "AGAIN_S", 0.0)
+    full, told = [OSError(28, "No space left on device")] * 3, list[OSError]()
+    kept = Journal(tmp_path / "election")
+
+    def store() -> None:
+        if full:
+            raise full.pop()
+        kept.store(b"term 7")
+
+    await until_stored(store, told.append)
+    assert (len(told), kept.load()) == (3, b"term 7")
