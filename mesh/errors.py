@@ -6,6 +6,7 @@ MeshError                the root; never raised itself
 ├ CapacityError          full, and certainly nothing was started: 429 with Retry-After
 ├ NoRoute                no live nodes cover some layers: 503 with Retry-After, names the layers
 ├ WeightsError (node.weights)  weights could not be brought or kept: 503, says how much and why
+├ NotKept (node.durable) a request that has to be on disk is not: 503, ask another
 ├ Leaving                this node takes no new work, or stopped in the middle of it: 503, ask another
 ├ StalePlacement         work carried an older placement id than this node has active: re-route, certain
 ├ SessionLost            a running session could not be recovered: error event, says how far it got

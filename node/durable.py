@@ -37,6 +37,14 @@ FORGET_S = 7 * 86_400.0
 """A file that nobody went on with for this long is removed."""
 
 
+class NotKept(MeshError):
+    """The disk refuses what has to be on it; nothing was started.  Room would not help: it is not waited for."""
+
+    status = 503
+    code = "disk_refuses"
+    retry_after_s = 5.0
+
+
 class _State(NamedTuple):
     """A session as it stands."""
 
@@ -100,13 +108,11 @@ class Durable:
             raise CapacityError(f"{MAX_KEPT} sessions of class batch are kept at this node already", 5.0)
 
     async def keep(self, request: GenerationRequest) -> None:
-        """Before a request is accepted, which runs already: on disk when this returns.  Raises ``CapacityError``."""
+        """Before a request is accepted, which runs already: on disk when this returns.  Raises ``NotKept``."""
         if request.priority == "batch":
             await self.write()
             if request.session not in self._written:
-                raise CapacityError(
-                    "this node's disk is full or fails, and class batch is kept there: ask another", 5.0
-                )
+                raise NotKept("class batch is kept on disk, and this node's is full or fails: ask another node")
 
     async def write(self) -> None:
         """Bring the disk up to date.  A disk that refuses costs the sessions their copy, not their lives."""

@@ -17,7 +17,7 @@ from mesh.pipeline.messages import SessionRequest
 from mesh.types import Hop, ModelId, Priority, Route, SamplingParams
 from node import durable
 from node.api.service import GenerationRequest
-from node.durable import HOLDER_S, Durable
+from node.durable import HOLDER_S, Durable, NotKept
 from node.entry import RESULT_S
 from node.session_log import SessionLogs
 
@@ -213,7 +213,7 @@ async def test_what_the_disk_refuses_is_not_accepted_and_costs_no_other_session(
     monkeypatch.setattr(SessionLogs, "begin", refuse)
     world.own(asked("a1"), 5)
     world.own(asked("b1"), 6)
-    with pytest.raises(CapacityError, match="disk"):
+    with pytest.raises(NotKept, match="ask another"):
         await world.durable.keep(asked("a1"))
     assert world.logs.names() == ["b1"]
     full.clear()
