@@ -23,8 +23,9 @@ WORTH_ANOTHER_TRY = frozenset({"rate_limit_exceeded", "no_route", "overloaded", 
 """Error codes of a stream that had not begun: another node, or the same a little later, may take it."""
 GOES_ON_ELSEWHERE = "leaving"
 """The code of a stream that its node ends because it leaves: any other node has the rest."""
-GONE = "session_gone"
-"""All that knew the session were lost while a node passed it on: it is run again, like one that no node knows."""
+ASK_AGAIN = frozenset({"session_gone", "peer_unreachable"})
+"""All that knew the session were lost while a node passed it on, and it is run again, like one that no node knows; or
+not all nodes have said whether they have it."""
 
 
 class Stream:
@@ -109,7 +110,7 @@ class Stream:
                     self._client.nodes_failed(self._url)
                     self.progress.moves += fresh
                     rounds = self._client.rounds() if fresh else rounds
-                elif error.code != GONE and (self.progress.begun or error.code not in WORTH_ANOTHER_TRY):
+                elif error.code not in ASK_AGAIN and (self.progress.begun or error.code not in WORTH_ANOTHER_TRY):
                     raise
                 rounds.note(self._url, str(error), ApiError(str(error), status=503, code=error.code, url=self._url))
             finally:

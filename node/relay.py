@@ -31,6 +31,8 @@ FIND_EVERY_S, FIND_MOST_S = 0.1, 0.4
 """All members are asked again after this long, each time later: anybody may ask for sessions that none
 knows."""
 ATTACH_TRIES = 3
+UNSURE_MOST = 8
+"""Looks of ``FIND_S`` before a reader is told: what nobody reads for so long has mostly ended."""
 HELD, SILENT, UNKNOWN = -1, -2, -3
 """Of who does not own a session: its journal is there, no answer came, or nothing is there."""
 MAX_FRAME = 4 << 20
@@ -244,6 +246,8 @@ class Reading:
         self._cached = 0
         """As the last of them said."""
         self._tokens = 0
+        self._unsure = 0
+        """Looks in a row in which not all nodes answered and nobody owned it."""
 
     @property
     def route(self) -> str:
@@ -293,7 +297,11 @@ class Reading:
         try:
             owner = await self._relay.find(self.request.session, FIND_S)
         except PeerUnreachable:
+            self._unsure += 1
+            if self._unsure >= UNSURE_MOST:
+                raise
             return  # asked again
+        self._unsure = 0
         if owner is None:
             gone = SessionLost(f"after {self._tokens} tokens no node has the session any more")
             gone.code = "session_gone"  # not that it failed: run again under its key it may well end

@@ -281,12 +281,13 @@ async def test_an_error_in_the_middle_is_told(two: Two) -> None:
     assert REPLY.startswith(caught.value.progress.texts[0])
 
 
+@pytest.mark.parametrize("code", ["session_gone", "peer_unreachable"])
 async def test_a_session_that_was_lost_while_a_node_passed_it_on_is_run_again(
-    two: Two, monkeypatch: pytest.MonkeyPatch
+    code: str, two: Two, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     service = two[0].service
     service.break_after, service.breaks_with = 3, SessionLost("no node has the session any more")
-    service.breaks_with.code = "session_gone"
+    service.breaks_with.code = code
 
     async def nobody_knows_it(*asked: object) -> None:
         service.break_after = None

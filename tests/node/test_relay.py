@@ -249,6 +249,14 @@ async def test_a_reader_of_a_session_that_not_all_have_denied_goes_on_looking(
     assert first.token == 20
 
 
+async def test_a_reader_is_told_when_some_never_answer(two: Two, monkeypatch: pytest.MonkeyPatch) -> None:
+    reading = await two.read(await two.world.open(request()))
+    two.wires[1].silent.update({"owner", "a"})
+    monkeypatch.setattr(relay, "FIND_S", 0.01)
+    with pytest.raises(PeerUnreachable, match="not all nodes"):
+        await take(reading, 1)
+
+
 async def test_recoveries_are_told_before_the_token_that_may_be_the_last(two: Two) -> None:
     generation = await two.world.open(request())
     reading = await two.read(generation)
