@@ -149,7 +149,21 @@ class LocalMesh:
         self.wait_ready(timeout)
 
     def new_token(self) -> str:
-        return str(self.nodes[0].admin("POST", "/mesh/admin/tokens", {"ttl_s": 86400, "uses": None})["token"])
+        """A founder answers a moment before it is elected, and only a coordinator makes tokens."""
+        made: list[str] = []
+
+        def try_making() -> bool:
+            try:
+                answer = self.nodes[0].admin("POST", "/mesh/admin/tokens", {"ttl_s": 86400, "uses": None})
+            except urllib.error.HTTPError as error:
+                if error.code != 503:
+                    raise
+                return False
+            made.append(str(answer["token"]))
+            return True
+
+        self.wait(try_making, "a coordinator to make a token")
+        return made[0]
 
     def wait_ready(self, timeout: float | None = None) -> None:
         """All running nodes see each other, and each can serve."""

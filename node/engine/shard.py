@@ -139,6 +139,8 @@ class Shard:
             _leave_files(model)
         for index in part.layers:
             layers[index].lean = lean_form(layers[index].layer)
+        self.weight_bytes = self._weigh()
+        """Kept, for it is asked for four times a second and a walk over all modules takes milliseconds."""
 
     @property
     def _layers(self) -> nn.ModuleList:
@@ -154,8 +156,7 @@ class Shard:
         """What rounding of activations is to be expected inside."""
         return torch.bfloat16 if self.form == "int8" else self.dtype
 
-    @property
-    def weight_bytes(self) -> int:
+    def _weigh(self) -> int:
         held = {id(p): p.nbytes for p in self.model.parameters() if p.device.type != "meta"}
         packed = {id(p): p.nbytes for p in products.products_below(self.model)}
         return sum(held.values()) + sum(packed.values()) + experts.packed_bytes(self.model)
@@ -203,10 +204,13 @@ class Shard:
         self.multiple = math.lcm(self.multiple, other.multiple)
         self.bucketed = self.bucketed or other.bucketed
         self._windows.update(other._windows)
+        self.weight_bytes = self._weigh()
 
     def keep(self, part: Part) -> None:
         """Give up what is not in ``part``."""
         gone = self.part.minus(part)
+        if not gone:
+            return
         for index in gone.layers:
             slot = self._layers[index]
             slot.layer, slot.lean = Skipped(slot.layer), None
@@ -215,6 +219,7 @@ class Shard:
         if gone.head:
             replace_module(self.model, self.layout.head, Absent())
         self.part = self.part.minus(gone)
+        self.weight_bytes = self._weigh()
 
     def give_up_lean(self) -> None:
         """Run every layer as the model wrote it."""
