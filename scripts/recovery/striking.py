@@ -61,8 +61,8 @@ class Strikes:
             thread.join()
         self._over.clear()
         self._threads.clear()
-        dead = [node for node in self.mesh.nodes if not node.running]
-        for node in dead:
+        killed = {name for _, fault, name in self.done if fault == "kill"}  # the last of them may still be dying
+        for node in [node for node in self.mesh.nodes if node.name in killed or not node.running]:
             node.kill()  # reaps it
             node.start()
         if self.done:
