@@ -93,7 +93,8 @@ class Accepted(msgspec.Struct, frozen=True):
 
     position: int
     token: int
-    logprob: float
+    logprob: float | None
+    """``None``: lost with the owner that had accepted the token."""
     top: tuple[tuple[int, float], ...]
 
 

@@ -549,7 +549,7 @@ class Session:
     def _take(self, drawn: tuple[int, ...]) -> None:
         """Tokens that another owner accepted: shown by this one when others hold them under its epoch."""
         for token in drawn:
-            self._unshown.append(Accepted(self.accepted, token, 0.0, ()))
+            self._unshown.append(Accepted(self.accepted, token, None, ()))
             self.drawn.append(token)
 
     # -- tokens --------------------------------------------------------------------------------------------------------

@@ -31,9 +31,14 @@ def _chat_entry(tokenizer: Tokenizer, event: TokenEvent, top: int) -> dict[str, 
     return entry
 
 
-def _chat_token(tokenizer: Tokenizer, token: int, logprob: float) -> dict[str, Any]:
+def _chat_token(tokenizer: Tokenizer, token: int, logprob: float | None) -> dict[str, Any]:
+    """A value that was lost with a node is ``null``: 0 would say that the token was certain."""
     raw = tokenizer.token_bytes(token)
-    return {"token": spelled(tokenizer, token), "logprob": max(LEAST, logprob), "bytes": list(raw)}
+    return {"token": spelled(tokenizer, token), "logprob": _bounded(logprob), "bytes": list(raw)}
+
+
+def _bounded(logprob: float | None) -> float | None:
+    return None if logprob is None else max(LEAST, logprob)
 
 
 class CompletionLogprobs:
@@ -42,7 +47,7 @@ class CompletionLogprobs:
     def __init__(self, tokenizer: Tokenizer, top: int) -> None:
         self._tokenizer, self._top, self._offset = tokenizer, top, 0
 
-    def prompt(self, ids: Sequence[int], scored: Sequence[tuple[float, Top]]) -> dict[str, Any]:
+    def prompt(self, ids: Sequence[int], scored: Sequence[tuple[float | None, Top]]) -> dict[str, Any]:
         """Entries of an echoed prompt: as many as it has tokens, the first without a value."""
         assert len(scored) == max(0, len(ids) - 1), "each prompt token but the first has a log-probability"
         rows: list[tuple[int, float | None, Top]] = [(ids[0], None, ())] if ids else []
@@ -57,7 +62,7 @@ class CompletionLogprobs:
         for token, value, top in rows:
             text = spelled(self._tokenizer, token)
             entries["tokens"].append(text)
-            entries["token_logprobs"].append(None if value is None else max(LEAST, value))
+            entries["token_logprobs"].append(_bounded(value))
             entries["top_logprobs"].append(self._alternatives(token, value, top))
             entries["text_offset"].append(self._offset)
             self._offset += 0 if text.startswith("bytes:") else len(text)

@@ -73,8 +73,8 @@ class Delta(msgspec.Struct, frozen=True):
     calls: tuple[CallPiece, ...] = ()
     ids: tuple[int, ...] = ()
     """The token, where it was one that came."""
-    prompt: tuple[tuple[float, Top], ...] | None = None
-    """Log-probabilities of the prompt from its second token on; once, first of all."""
+    prompt: tuple[tuple[float | None, Top], ...] | None = None
+    """Log-probabilities of the prompt from its second token on, ``None`` if lost with an owner; once, first of all."""
 
 
 class _State:
@@ -138,9 +138,9 @@ class _State:
         self._called = self._called or bool(calls)
         tokens: tuple[TokenEvent, ...] = ()
         prompt = None
-        if self._prompt_due:  # those that were lost with an owner are given as 0
+        if self._prompt_due:
             lost = max(0, len(self._choice.request.prompt) - 1 - len(self._prompt))
-            prompt, self._prompt_due = (*self._prompt, *[(0.0, ())] * lost), False
+            prompt, self._prompt_due = (*self._prompt, *[(None, ())] * lost), False
         if flush:
             tokens, self._waiting = tuple(self._waiting), []
         return Delta(

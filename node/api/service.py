@@ -108,7 +108,8 @@ class TokenEvent(msgspec.Struct, frozen=True):
     position: int
     """Absolute: the first new token has position ``len(prompt)``."""
     token: int
-    logprob: float = 0.0
+    logprob: float | None = 0.0
+    """``None``: it was lost with a node, the token was not."""
     top: Top = ()
 
 

@@ -113,12 +113,12 @@ async def test_best_of_is_refused(http: Http) -> None:
     assert status == 200
 
 
-async def test_scores_of_an_echoed_prompt_that_were_lost_with_an_owner_are_zero(
+async def test_scores_of_an_echoed_prompt_that_were_lost_with_an_owner_are_null(
     http: Http, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(FakeGeneration, "_prompt_events", lambda self: [])
     status, body = await http.complete(prompt="The quick", echo=True, logprobs=0, max_tokens=2)
     shown = body["choices"][0]["logprobs"]
     prompt = len(make_tokenizer().encode("The quick"))
-    assert (status, shown["token_logprobs"][:prompt]) == (200, [None, *[0.0] * (prompt - 1)])
+    assert (status, shown["token_logprobs"][:prompt]) == (200, [None] * prompt)
     assert all(value < 0 for value in shown["token_logprobs"][prompt:])
