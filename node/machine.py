@@ -5,7 +5,6 @@ torch is imported here and in ``node.engine`` only, and only on a node whose rol
 
 from __future__ import annotations
 
-import asyncio
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from mesh.types import LayerSpan, Load, ModelInfo, NodeProfile
 from node.config import NodeConfig
 from node.engine.sequence import EngineStats
 from node.loader import Loader
+from node.own_thread import in_own_thread
 from node.text.grammar import Vocabularies
 
 MEMORY_SHARE = 0.6
@@ -67,7 +67,7 @@ class Machine:
 
             part = Part.of_span(0, 1, model.n_layers)
             how = ("off", self.threads, model.quantize, self.device)
-            await asyncio.to_thread(prepare, folder, part, model.dtype, *how)
+            await in_own_thread(prepare, folder, part, model.dtype, *how)
 
     @staticmethod
     def needed_tensors(folder: Path, names: Sequence[str], start: int, end: int) -> list[str]:
@@ -165,7 +165,7 @@ async def measure(config: NodeConfig) -> Machine:
     """
     if not holds_layers(config):
         return Machine(config, 0.0, 0.0)
-    return await asyncio.to_thread(_measured, config)
+    return await in_own_thread(_measured, config)
 
 
 def _measured(config: NodeConfig) -> Machine:

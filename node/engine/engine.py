@@ -17,6 +17,7 @@ from mesh.errors import ConfigError, MeshError, StalePlacement
 from mesh.types import LayerSpan, ModelId, ModelInfo
 from node.engine.pages import KvBudget, paged_width, width_of
 from node.engine.sequence import EngineStats, Result, SequenceSpec, Work
+from node.own_thread import in_own_thread
 from node.text.grammar import Vocabularies
 
 if TYPE_CHECKING:
@@ -164,7 +165,7 @@ class Engine:
         from node.engine.loading import prepare
 
         how = (self.config.exact, self.config.threads, quantize, self.config.device)
-        return await asyncio.to_thread(prepare, folder, part, dtype, *how)
+        return await in_own_thread(prepare, folder, part, dtype, *how)
 
     async def unload(self, span: LayerSpan) -> None:
         """Serve nothing of ``span.model`` any more; its memory is free when the last session on it is closed."""
