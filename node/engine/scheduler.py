@@ -3,8 +3,9 @@
 There is no prefill phase and no decode phase, only rows computed catching up with rows wanted.  A step takes first
 every sequence that wants a single row (it waits for one token, so a step late is a token late), then gives what is
 left of the budget to the longer ones, in chunks.  How many chunk rows go beside live decoding is measured (``Pace``):
-as many as make a step at most ``RATIO`` times as long as one without them; more of them where a stream that has begun
-is rebuilt, since that one stands still, and the others only slow down.
+as many as make a step at most ``RATIO`` times as long as one without them; more of them, up to ``LONGEST_RATIO``, where
+more streams wait for their first token than decode, or one that has begun is rebuilt: those stand still, and the others
+only slow down.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ from node.engine.sequence import Sequence
 
 RATIO = 2.5
 """Longest step beside decoding, in steps without chunks."""
-REBUILD_RATIO = 6.0
-"""The same while streams are rebuilt: five sixths of the time are theirs."""
+LONGEST_RATIO = 6.0
+"""The same while streams are rebuilt, or a crowd waits: five sixths of the time are theirs."""
+DECODE_SHARE = 0.75
+"""Of a step with chunks, at most so much is put down to its single rows."""
 LEAST_CHUNK = 16
 """Chunk rows that a step gives in any case, so that prefill goes on whatever the decoding."""
 _RANK = {priority: rank for rank, priority in enumerate(PRIORITIES)}
@@ -83,14 +86,17 @@ def plan_step(sequences: Iterable[Sequence], step_rows: int, chunk_rows: int) ->
 def ratio(sequences: Iterable[Sequence]) -> float:
     """How much longer than without chunks the next step may be; 0: as long as it likes, for nobody decodes.
 
-    Streams of a lower class than one that decodes are rebuilt without haste.
+    A step twice as long holds up each stream that decodes, and brings on each that waits: the more there are of these,
+    the longer it may be.  Streams of a lower class than one that decodes wait, and are rebuilt, without haste.
     """
     everyone = list(sequences)
     decoding = [_RANK[s.spec.priority] for s in everyone if s.decoding]
     if not decoding:
         return 0.0
-    urgent = any(s.behind and s.ready > 1 and _RANK[s.spec.priority] <= min(decoding) for s in everyone)
-    return REBUILD_RATIO if urgent else RATIO
+    waiting = [s for s in everyone if s.ready > 1 and _RANK[s.spec.priority] <= min(decoding)]
+    if any(s.behind for s in waiting):
+        return LONGEST_RATIO
+    return min(LONGEST_RATIO, RATIO * max(1.0, len(waiting) / len(decoding)))
 
 
 def _micro_batch(singles: list[Sequence], everyone: list[Sequence]) -> list[Sequence]:
@@ -137,8 +143,9 @@ class Pace:
         if chunk_rows == 0:
             self._decode_s = _mean(self._decode_s, seconds)
         elif chunk_rows >= LEAST_CHUNK:
-            # The share of the single rows is not known apart; leaving it in errs on the side of short steps.
-            self._row_s = _mean(self._row_s, seconds / chunk_rows)
+            # What single rows take is known of recent steps only, which may have had more of them.
+            alone = min(self._decode_s, DECODE_SHARE * seconds) if singles else 0.0
+            self._row_s = _mean(self._row_s, (seconds - alone) / chunk_rows)
 
     def chunk_rows(self, ratio: float) -> int:
         """Rows of longer works that the next step may take, to be ``ratio`` times as long as without (0: any)."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mesh.types import ModelId, Priority
-from node.engine.scheduler import LEAST_CHUNK, RATIO, REBUILD_RATIO, Pace, Slice, StepPlan, plan_step, ratio
+from node.engine.scheduler import LEAST_CHUNK, LONGEST_RATIO, RATIO, Pace, Slice, StepPlan, plan_step, ratio
 from node.engine.sequence import Sequence, SequenceSpec, Work
 
 MODEL = ModelId("m")
@@ -89,14 +89,31 @@ def test_streams_are_rebuilt_before_new_prompts_the_soonest_done_first() -> None
     [
         ([sequence("prompt", 50)], 0.0),
         ([sequence("prompt", 50), sequence("decodes", 1)], RATIO),
-        ([sequence("stands", 50, rebuilds=60), sequence("decodes", 1)], REBUILD_RATIO),
+        ([sequence("stands", 50, rebuilds=60), sequence("decodes", 1)], LONGEST_RATIO),
         ([sequence("done", 50, rebuilds=10), sequence("decodes", 1)], RATIO),
         ([sequence("stands", 50, rebuilds=60, priority="batch"), sequence("decodes", 1)], RATIO),
-        ([sequence("stands", 50, rebuilds=60), sequence("decodes", 1, priority="batch")], REBUILD_RATIO),
+        ([sequence("stands", 50, rebuilds=60), sequence("decodes", 1, priority="batch")], LONGEST_RATIO),
     ],
 )
 def test_steps_are_longer_while_a_stream_of_no_lower_class_is_rebuilt(crowd: list[Sequence], expected: float) -> None:
     assert ratio(crowd) == expected
+
+
+@pytest.mark.parametrize(
+    ("waiting", "decoding", "priority", "expected"),
+    [
+        (1, 4, "interactive", RATIO),
+        (4, 4, "interactive", RATIO),
+        (6, 4, "interactive", 1.5 * RATIO),
+        (12, 1, "interactive", LONGEST_RATIO),
+        (12, 1, "batch", RATIO),
+    ],
+)
+def test_steps_are_longer_while_more_streams_wait_than_decode(
+    waiting: int, decoding: int, priority: Priority, expected: float
+) -> None:
+    crowd = [sequence(f"w{i}", 50, priority=priority) for i in range(waiting)]
+    assert ratio([*crowd, *(sequence(f"d{i}", 1) for i in range(decoding))]) == expected
 
 
 @pytest.mark.parametrize("rows", [1, 50])
@@ -165,6 +182,16 @@ def test_pace_keeps_steps_beside_decoding_in_proportion() -> None:
     rows = pace.chunk_rows(RATIO)
     assert 0.020 + rows * 0.0005 <= RATIO * 0.020 * 1.01
     assert rows >= LEAST_CHUNK
+
+
+def test_pace_is_not_held_down_by_its_own_short_chunks() -> None:
+    """What single rows take is not counted as the chunk's: with it a row of a short chunk looks dear for good."""
+    pace = Pace(512)
+    for _ in range(50):
+        pace.observe(4, 0, 0.020)
+        chunk = pace.chunk_rows(RATIO)
+        pace.observe(4, chunk, 0.020 + chunk * 0.0005)
+    assert 56 <= pace.chunk_rows(RATIO) <= 60
 
 
 def test_pace_lets_a_slow_prefill_go_on() -> None:
