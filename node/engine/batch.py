@@ -94,13 +94,18 @@ class Packed:
     def turning(self, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """[1, T, D] each, the same for all layers -> [T, 1, D] each, to turn pairs of halves by.
 
-        x * cos + rotate_half(x) * sin = x * cos + roll(x, D / 2) * (sin with its first half negated).
+        x * cos + rotate_half(x) * sin = x * cos + roll(x, D / 2) * signed(sin).
         """
         if self._turning is None or self._turning[0] is not cos:
-            signed = sin[0].clone()
-            signed[:, : sin.shape[-1] // 2].neg_()
-            self._turning = (cos, cos[0, :, None], signed[:, None])
+            self._turning = (cos, cos[0, :, None], signed(sin[0])[:, None])
         return self._turning[1:]
+
+
+def signed(sin: torch.Tensor) -> torch.Tensor:
+    """A copy of [T, D] with the first half of each row negated."""
+    found = sin.clone()
+    found[:, : sin.shape[-1] // 2].neg_()
+    return found
 
 
 class Batch(Packed):
@@ -113,6 +118,8 @@ class Batch(Packed):
         positions += positions[-1:] * (-count % multiple)
         self._device = device
         super().__init__(count, len(positions), self._numbers(positions))
+        self.reach = max(positions) + 1
+        """All positions are below."""
         self._masks: dict[tuple[int, int, int], Mask] = {}
         self._rules: list[MaskRule | None] = []
         self._buffers: dict[tuple[int, tuple[int, ...]], tuple[torch.Tensor, torch.Tensor]] = {}

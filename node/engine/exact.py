@@ -20,8 +20,9 @@ from node.engine.shard import Shard
 
 LENGTHS = (134, 37, 9, 6)
 """Positions of the test's sequences: past a page, past a tile's four, and a few."""
-RULES = (1, 4)
-"""Forwards are filled up to a multiple of these many rows (and of what packed products ask for); the cheapest first."""
+RULES = (1, 4, 8)
+"""Forwards are filled up to a multiple of these many rows (and of what packed products ask for); the cheapest first.
+Where plain products need more, packed ones are quicker (``products.forms_of``)."""
 BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 """On pages: all sizes of a forward (``pages.rounded``) up to the rows of a step.  Each may be a kernel of its own, so
 each is tested, and what is exact runs in no other."""
@@ -34,7 +35,7 @@ Outputs = list[list[torch.Tensor]]
 def make_exact(shard: Shard, start: int, end: int, threads: int) -> bool:
     """Find the rule under which [start, end) is exact and set it in ``shard``; ``False``: there is none.
 
-    Rows as they come are enough where all products are packed; others need whole fours.
+    Rows as they come are enough where all products are packed; others need whole fours or, with AVX-512, more.
     """
     if shard.paged:
         shard.bucketed = True

@@ -10,6 +10,7 @@ A lean block owns nothing: it calls the products and reads the weights of the la
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -93,7 +94,7 @@ class RmsNorm:
 
 
 class LeanLayer:
-    """[T, H] -> [T, H]."""
+    """One layer."""
 
     def __init__(self, before: RmsNorm, attend: LeanAttention, between: RmsNorm, mlp: Any) -> None:
         self.before, self.attend, self.between, self.mlp = before, attend, between, mlp
@@ -102,11 +103,14 @@ class LeanLayer:
         self, hidden_states: torch.Tensor, attention_mask: Any = None, position_embeddings: Any = None, **_: Any
     ) -> torch.Tensor:
         """As transformers calls its layers, [1, T, H] -> [1, T, H]."""
-        x = hidden_states[0]
-        x = self.attend(self.before(x), attention_mask, position_embeddings).add_(x)
+        return self.run(hidden_states[0], attention_mask, attention.current().turning(*position_embeddings))[None]
+
+    def run(self, x: torch.Tensor, mask: Any, turns: Sequence[torch.Tensor]) -> torch.Tensor:
+        """``turns``: cosines and signed sines, [T, 1, D] each.  [T, H] -> [T, H]."""
+        x = self.attend(self.before(x), mask, turns).add_(x)
         inner = self.between(x)
         found = self.mlp(inner) if isinstance(self.mlp, LeanMlp) else self.mlp(inner[None])[0]
-        return found.add_(x)[None]
+        return found.add_(x)
 
 
 class LeanMlp:
@@ -156,9 +160,9 @@ class LeanAttention:
             return None
         return LeanAttention(module, joined, (q, k))
 
-    def __call__(self, x: torch.Tensor, mask: Any, position_embeddings: Any) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, mask: Any, turns: Sequence[torch.Tensor]) -> torch.Tensor:
         batch = attention.current()
-        cos, sin = batch.turning(*position_embeddings)
+        cos, sin = turns
         fused = self.qkv(x).view(x.shape[0], -1, self.size)
         both, query, key, value = (fused.narrow(1, *part) for part in self.parts)
         if self.norms is not None:

@@ -11,7 +11,7 @@ import torch
 from mesh.errors import ConfigError
 from node.engine import attention, exact, experts, products
 from node.engine.memory import trim
-from node.engine.selfcheck import Mode, check
+from node.engine.selfcheck import Mode, check, find_direct
 from node.engine.shard import Shard
 from node.engine.span import ONE_AT_A_TIME, Part, load_part, read_config
 
@@ -60,18 +60,37 @@ def _prepare(
     config = read_config(folder)
     served = getattr(torch, dtype)
     size = config.get_text_config(decoder=True).hidden_size
-    shard = _load(folder, config, part, served, products.form_of(size, served, device, quantize), device)
+    for form in products.forms_of(size, served, torch.device(device), quantize):
+        prepared = _in_form(folder, config, part, served, form, device, exactness, threads)
+        if prepared.exact or prepared.mode == "compat" or exactness == "off":
+            break
+    if exactness == "on" and not prepared.exact:
+        raise ConfigError(f"{config.model_type}: not exact on this machine, and --exact on asks for it")
+    trim()
+    return prepared
+
+
+def _in_form(
+    folder: Path,
+    config: Any,
+    part: Part,
+    dtype: torch.dtype,
+    form: products.Form,
+    device: torch.device,
+    exactness: str,
+    threads: int,
+) -> Prepared:
+    shard = _load(folder, config, part, dtype, form, device)
     runs = _runs(part.layers)
     checks = [check(shard, start, end) for start, end in runs]
     mode: Mode = "packed" if all(c.mode == "packed" for c in checks) else "compat"
     layer_bytes = {i: b for (start, end), c in zip(runs, checks, strict=True) for i, b in _numbered(start, end, c)}
     shard.use(attention.NAME if mode == "packed" else "eager")
+    if mode == "packed":
+        find_direct(shard, runs)
     same = mode == "packed" and exactness != "off" and all(exact.make_exact(shard, a, b, threads) for a, b in runs)
-    if exactness == "on" and not same:
-        raise ConfigError(f"{config.model_type}: not exact on this machine, and --exact on asks for it")
     why = next((c.why for c in checks if c.why), "")
-    trim()
-    return Prepared(shard, mode, layer_bytes, same, exact.hardware_class(device, served), why)
+    return Prepared(shard, mode, layer_bytes, same, exact.hardware_class(device, dtype), why)
 
 
 def _load(

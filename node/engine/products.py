@@ -108,11 +108,16 @@ Form = Literal["plain", "packed", "int8"]
 """How a shard's weights are laid out."""
 
 
-def form_of(hidden_size: int, dtype: torch.dtype, device: torch.device, quantize: str = "") -> Form:
-    """The form for a model of this size and serving dtype."""
+def forms_of(hidden_size: int, dtype: torch.dtype, device: torch.device, quantize: str = "") -> tuple[Form, ...]:
+    """The forms for a model of this size and serving dtype: one that is not exact gives way to the next.
+
+    How many rows MKL needs to give them the same bits grows with the size of the product, with AVX-512 (0103).
+    """
     if quantize:
-        return "int8"
-    return "packed" if can_pack(dtype, device) and hidden_size >= LEAST_HIDDEN else "plain"
+        return ("int8",)
+    if not can_pack(dtype, device):
+        return ("plain",)
+    return ("packed",) if hidden_size >= LEAST_HIDDEN else ("plain", "packed")
 
 
 def product_of(weight: torch.Tensor, form: Form) -> Product:

@@ -6,15 +6,18 @@ the same layers.  A model that fits neither is refused by name: nothing is ever 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import msgspec
+import structlog
 import torch
 
 from mesh.errors import ConfigError
 from node.engine import attention
 from node.engine.batch import Rows
 from node.engine.compat import CompatState
+from node.engine.direct import Direct
 from node.engine.shard import Shard
 
 Mode = Literal["packed", "compat"]
@@ -68,6 +71,26 @@ def check(shard: Shard, start: int, end: int) -> Served:
     return Served("compat", outcome, why_not)
 
 
+def find_direct(shard: Shard, runs: Sequence[tuple[int, int]]) -> None:
+    """Have lean layers of ``runs`` run without the model around them, if that gives the same bits."""
+    if shard.paged or any(None in shard.lean_layers(start, end) for start, end in runs):
+        return
+    given = [_inputs(shard, start) for start, _ in runs]
+    expected = [_packed(shard, *run, each)[0] for run, each in zip(runs, given, strict=True)]
+    try:
+        shard.direct = Direct.of(shard)
+        found = [_packed(shard, *run, each)[0] for run, each in zip(runs, given, strict=True)]
+    except Exception as error:  # what a model is made of around its layers is its authors' affair: its own forward runs
+        shard.direct = None
+        structlog.get_logger().info("no direct forward", model=shard.config.model_type, why=_line(error))
+        return
+    pairs = [pair for one, other in zip(found, expected, strict=True) for pair in zip(one, other, strict=True)]
+    if shard.direct is not None and not all(torch.equal(a[0], b[0]) for a, b in pairs):
+        shard.direct = None
+    elif shard.direct is not None:
+        shard.direct.heads = all(torch.equal(a[1], b[1]) for a, b in pairs if a[1] is not None and b[1] is not None)
+
+
 def _inputs(shard: Shard, start: int) -> torch.Tensor:
     """Random ids [T] for layer 0, random hidden states [T, H] for others."""
     generator = torch.Generator().manual_seed(start)
@@ -113,22 +136,27 @@ def _turns_by_length(text: Any) -> str:
 def _try_packed(
     shard: Shard, start: int, end: int, given: torch.Tensor, expected: Outcome, tolerance: float
 ) -> tuple[int, ...] | str:
-    cache = shard.cache()
-    place = cache.open(start, end, sum(CHUNKS))
-    outcomes, first = [], 0
     try:
-        for n in CHUNKS:
-            batch = shard.batch([Rows(place, first, n)])
-            rows = torch.arange(n) if expected[1] is not None else None
-            outcomes.append(shard.packed(start, end, given[first : first + n], batch, rows))
-            first += n
+        outcomes, seen = _packed(shard, start, end, given)
     except Exception as error:
         return _line(error)
-    if set(batch.seen) != set(range(start, end)):
+    if set(seen) != set(range(start, end)):
         return "not every layer keeps keys and values"
     difference = _difference(outcomes, expected, tolerance)
     item = shard.dtype.itemsize
-    return difference or tuple(sum(h * d for h, d in batch.seen[i]) * item for i in range(start, end))
+    return difference or tuple(sum(h * d for h, d in seen[i]) * item for i in range(start, end))
+
+
+def _packed(shard: Shard, start: int, end: int, given: torch.Tensor) -> tuple[list[Outcome], dict[int, Any]]:
+    """The packed forward in chunks, and the shapes of each layer's keys and values."""
+    place = shard.cache().open(start, end, sum(CHUNKS))
+    outcomes, first = [], 0
+    for n in CHUNKS:
+        batch = shard.batch([Rows(place, first, n)])
+        rows = torch.arange(n) if end == shard.layout.n_layers else None
+        outcomes.append(shard.packed(start, end, given[first : first + n], batch, rows))
+        first += n
+    return outcomes, batch.seen
 
 
 def _try_compat(shard: Shard, start: int, end: int, given: torch.Tensor, expected: Outcome) -> tuple[int, ...] | str:

@@ -17,6 +17,7 @@ from torch import nn
 
 from node.engine import attention, experts, products
 from node.engine.batch import Batch, Packed, Rows, packed_order
+from node.engine.direct import Direct
 from node.engine.kv_cache import KvCache
 from node.engine.lean import LeanLayer, lean_form
 from node.engine.page_pool import PagedCache
@@ -40,6 +41,8 @@ class _Flow:
         """What the last layer returned beside its hidden states."""
         self.packed = False
         """This forward is a packed one: layers with a lean form use it."""
+        self.passed: list[dict[str, Any]] | None = None
+        """What layers that are skipped were given by keyword, the hidden states as ``hidden_states``; if wanted."""
 
 
 class Slot(nn.Module):
@@ -58,6 +61,8 @@ class Slot(nn.Module):
             raise LayersHandOnMore("its layers hand each other more than hidden states")
         if not flow.start <= self.index < flow.end:
             hidden = args[0] if args else kwargs["hidden_states"]
+            if flow.passed is not None:
+                flow.passed.append({**kwargs, "hidden_states": hidden})
             return (hidden, None) if flow.tuples else hidden
         if self.index == flow.start and flow.given is not None:
             if args:
@@ -121,6 +126,8 @@ class Shard:
         """Rows of a forward are filled up to a multiple of this: the exact mode's rule for this model."""
         self.bucketed = False
         """Or, on pages, to one of a few sizes: the exact mode's rule there."""
+        self.direct: Direct | None = None
+        """The packed forward of ranges that it is ready for; found by the self-check."""
         self._windows: dict[int, int | None] = {}
         """What all pools of pages know of this model's masks."""
         self._flow = _Flow()
@@ -201,6 +208,7 @@ class Shard:
             if held:
                 replace_module(self.model, name, other.model.get_submodule(name))
         self.part = self.part.union(other.part)
+        self.direct = self.direct.joined(other.direct) if self.direct and other.direct else None
         self.multiple = math.lcm(self.multiple, other.multiple)
         self.bucketed = self.bucketed or other.bucketed
         self._windows.update(other._windows)
@@ -219,12 +227,18 @@ class Shard:
         if gone.head:
             replace_module(self.model, self.layout.head, Absent())
         self.part = self.part.minus(gone)
+        if self.direct is not None:
+            self.direct.forget()
         self.weight_bytes = self._weigh()
 
     def give_up_lean(self) -> None:
         """Run every layer as the model wrote it."""
+        self.direct = None
         for slot in self._layers:
             slot.lean = None
+
+    def lean_layers(self, start: int, end: int) -> list[LeanLayer | None]:
+        return [self._layers[index].lean for index in range(start, end)]
 
     # -- how keys and values are held: extents on the CPU, pages elsewhere ---------------------------------------------
 
@@ -273,18 +287,49 @@ class Shard:
         wanted = 0 if rows is None else len(rows)
         if rows is not None and wanted % self.multiple:
             rows = torch.cat([rows, rows[-1:].expand(-wanted % self.multiple)])
-        options = {
-            "position_ids": batch.positions[None],
-            "attention_mask": torch.ones(1, batch.padded_count, dtype=torch.bool, device=self.device),
-            "use_cache": False,
-        }
+        with attention.running(batch):
+            if isinstance(batch, Batch) and self.direct is not None and self.direct.ready(start, end, rows is not None):
+                hidden, logits = self.direct(start, end, given, batch, rows)
+            else:
+                hidden, logits = self._ordinary(start, end, given, batch.positions, rows)
+        return hidden[: batch.count], None if logits is None else logits[:wanted]
+
+    def _ordinary(
+        self, start: int, end: int, given: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """A packed forward that is the model's own around the layers."""
         self._flow.packed = True
         try:
-            with attention.running(batch):
-                hidden, logits = self.run(start, end, given[None], options, rows)
+            hidden, logits = self.run(start, end, given[None], self._packed_options(positions), rows)
         finally:
             self._flow.packed = False
-        return hidden[0, : batch.count], None if logits is None else logits[:wanted]
+        return hidden[0], logits
+
+    def _packed_options(self, positions: torch.Tensor) -> dict[str, Any]:
+        ones = torch.ones(1, len(positions), dtype=torch.bool, device=self.device)
+        return {"position_ids": positions[None], "attention_mask": ones, "use_cache": False}
+
+    @torch.inference_mode()
+    def around(self, positions: torch.Tensor, given: torch.Tensor) -> list[dict[str, Any]]:
+        """What the model gives each of its layers by keyword, and as ``hidden_states`` [1, T, H], if all are skipped.
+
+        ``given``: at ``positions`` [T], token ids [T] or hidden states [T, H].
+        """
+        at = 0 if given.ndim == 1 else 1
+        self._flow.passed = passed = []
+        try:
+            self._call(at, at, given[None], self._packed_options(positions), None)
+        finally:
+            self._flow.passed = None
+        return passed
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """The embeddings [T, H] of ``ids`` [T], as they are stored."""
+        return self.model.get_submodule(self.layout.embed)(ids)  # type: ignore[no-any-return]
+
+    def logits(self, hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Norm and head over ``rows`` of ``hidden`` [T, H]: [len(rows), V]."""
+        return self.model.get_submodule(self.layout.head)(self._owner.norm(hidden[rows][None]))[0]  # type: ignore[no-any-return]
 
     def run(
         self, start: int, end: int, given: torch.Tensor, options: dict[str, Any], rows: torch.Tensor | None
@@ -293,8 +338,19 @@ class Shard:
 
         The one door to the device: what is given may lie on the CPU, what is returned lies on the device.
         """
-        given, rows = self._moved(given), self._moved(rows)
-        flow = self._flow
+        rows = self._moved(rows)
+        answer = self._call(start, end, given, options, rows)
+        out, self._flow.out = self._flow.out, None
+        assert out is not None, "no layer ran"
+        if rows is None:
+            return out, None
+        logits = answer.logits[0]
+        return out, logits if "logits_to_keep" in self._takes[self.model] else logits[rows]
+
+    def _call(
+        self, start: int, end: int, given: torch.Tensor, options: dict[str, Any], rows: torch.Tensor | None
+    ) -> Any:
+        flow, given = self._flow, self._moved(given)
         flow.start, flow.end, flow.out, flow.beside = start, end, None, None
         target = self.model if rows is not None else self._owner
         takes = self._takes[target]
@@ -309,15 +365,9 @@ class Shard:
             fits = given.shape[-1] == self._embed_size
             options["inputs_embeds"] = given if fits else given.new_zeros(*given.shape[:2], self._embed_size)
         try:
-            answer = target(**options)
+            return target(**options)
         finally:
             flow.given = flow.beside = None
-        out, flow.out = flow.out, None
-        assert out is not None, "no layer ran"
-        if rows is None:
-            return out, None
-        logits = answer.logits[0]
-        return out, logits if "logits_to_keep" in takes else logits[rows]
 
     def _moved(self, value: Any) -> Any:
         """A tensor on the device; anything else as it is.  Pinned memory is left without waiting for the copy."""

@@ -83,6 +83,7 @@ async def test_bits_do_not_depend_on_threads(kind: str, tiny: Callable[..., Path
 async def test_a_broken_rule_is_noticed(tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Without whole fours a small model's products differ from batch to batch: the self-test must say so."""
     monkeypatch.setattr(exact, "RULES", (1,))
+    monkeypatch.setattr(products, "forms_of", lambda *_: ("plain",))
     engine = Engine(EngineConfig())
     loaded = await engine.load(info(), tiny("llama"), LayerSpan(MODEL, 1, 2))
     assert not loaded.exact
@@ -92,6 +93,16 @@ async def test_a_broken_rule_is_noticed(tiny: Callable[..., Path], monkeypatch: 
     with pytest.raises(ConfigError, match="llama: not exact"):
         await strict.load(info(), tiny("llama"), LayerSpan(MODEL, 1, 2))
     await strict.stop()
+
+
+def test_a_small_model_that_is_not_exact_in_one_form_is_in_the_next(
+    tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With AVX-512 plain products of some sizes need more rows than are worth it."""
+    monkeypatch.setattr(exact, "RULES", (1,))
+    found = prepare(tiny("llama"), Part.of_span(1, 2, 4), "float32", "on", 1)
+    assert found.exact
+    assert found.shard.form == "packed"
 
 
 @pytest.mark.parametrize("kind", KINDS)
