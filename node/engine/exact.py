@@ -42,7 +42,7 @@ def make_exact(shard: Shard, start: int, end: int, threads: int) -> bool:
         shard.bucketed = all(_layer_is_exact(shard, i, threads) for i in _one_of_each_kind(shard, start, end))
         return shard.bucketed
     before = shard.multiple
-    for rule in RULES:
+    for rule in RULES if shard.least_multiple else ():
         shard.multiple = math.lcm(before, shard.least_multiple, rule)  # layers tested earlier keep their rule
         if all(_layer_is_exact(shard, layer, threads) for layer in _one_of_each_kind(shard, start, end)):
             return True

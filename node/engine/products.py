@@ -3,7 +3,8 @@
 Three forms of a weight, chosen by what it holds and by this machine (measured on AVX2: docs/decisions/0010, 0012):
 
 * ``Half``: FBGEMM's, 16-bit numbers multiplied and summed in float32.  For weights that half precision holds, which
-  those of a bfloat16 or float16 checkpoint are.  Half the memory traffic; rows have the same bits in whole threes.
+  those of a bfloat16 or float16 checkpoint are.  Half the memory traffic; rows have the same bits in whole threes, with
+  AVX-512 in any number.
 * ``Float``: oneDNN's, for all others.  Rows have the same bits in any number.
 * ``Plain``: MKL's, for small models, where a call of the others costs more than the product.
 
@@ -14,6 +15,7 @@ Layers that are given the same input (queries, keys and values; gate and up) are
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -31,6 +33,8 @@ ROWS_HINT = 64
 """Rows for which oneDNN chooses the packed form; all counts run on it."""
 CHANNELS = 64
 """Of a weight at most, on which its product is tried."""
+MOST_ROUTES = 1024
+"""Rows of a weight at most that is kept beside its packed form."""
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Children of one module that are given the same input.  Were they not, the result would still be right."""
 
@@ -82,10 +86,8 @@ class Float:
 class Half:
     """A float32 weight [out, in] held in half precision; float32 in, float32 sums, float32 out."""
 
-    rows = 3
-    """Its kernels take one and two rows another way, and three to six the same: whole threes never leave one or two."""
-
     def __init__(self, weight: torch.Tensor) -> None:
+        self.rows = half_rows()
         self._packed = torch.ops.quantized.linear_prepack_fp16(weight.contiguous(), None)
         self.nbytes, self.shape = weight.numel() * 2, weight.shape
 
@@ -101,6 +103,24 @@ class Half:
 
     def dense(self) -> torch.Tensor:
         return torch.ops.quantized.linear_unpack_fp16(self._packed)[0].float()
+
+
+@functools.cache
+def half_rows() -> int:
+    """Of how many rows ``Half`` gives the same bits in any company, on this machine.
+
+    With AVX2 its kernels take one and two rows another way, and three to six the same: whole threes never leave one or
+    two.  With AVX-512 any number was seen to do.
+    """
+    generator = torch.Generator().manual_seed(0)
+    for inner, out in ((200, 96), (768, 512)):
+        x = torch.randn(24, inner, generator=generator)
+        packed = torch.ops.quantized.linear_prepack_fp16(torch.randn(out, inner, generator=generator), None)
+        whole = torch.ops.quantized.linear_dynamic_fp16(x, packed)
+        parts = (torch.ops.quantized.linear_dynamic_fp16(x[:n], packed) for n in range(1, 15))
+        if not all(torch.equal(part, whole[: len(part)]) for part in parts):
+            return 3
+    return 1
 
 
 Product = Plain | Float | Half | Int8
@@ -202,6 +222,25 @@ class PackedLinear(nn.Module):
         return self.joined(x) if self.alone else self.joined.part(self.index, x)
 
 
+class PackedWeight(nn.Parameter):
+    """A weight [out, in] that its module multiplies by itself, as routers of experts do: by a packed product."""
+
+    product: Product
+
+    @classmethod
+    def of(cls, weight: torch.Tensor) -> PackedWeight:
+        found: PackedWeight = torch.Tensor._make_subclass(cls, weight.detach(), False)
+        found.product = product_of(weight.detach(), "packed")  # never in 8 bits
+        return found
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is F.linear and isinstance(args[1], cls):
+            return args[1].product(args[0], args[2] if len(args) > 2 else (kwargs or {}).get("bias"))
+        with torch._C.DisableTorchFunctionSubclass():
+            return function(*args, **(kwargs or {}))
+
+
 def pack_module(module: nn.Module, form: Form) -> None:
     """Join siblings below ``module`` and, unless they stay plain, lay out every linear layer, one at a time."""
     for parent in list(module.modules()):
@@ -215,6 +254,15 @@ def pack_module(module: nn.Module, form: Form) -> None:
             for name, child in list(parent.named_children()):
                 if (packed := pack_linear(child, form)) is not None:
                     setattr(parent, name, packed)
+    if form != "plain":
+        _pack_routes(module)
+
+
+def _pack_routes(module: nn.Module) -> None:
+    for child in module.modules():
+        for name, weight in list(child.named_parameters(recurse=False)):
+            if weight.ndim == 2 and weight.shape[0] <= MOST_ROUTES and can_pack(weight.dtype, weight.device):
+                setattr(child, name, PackedWeight.of(weight))
 
 
 def _alike(linears: Sequence[Any]) -> bool:
@@ -250,18 +298,29 @@ def products_below(module: nn.Module) -> list[Product]:
 
 
 def rows_below(module: nn.Module) -> int:
-    """Forwards whose rows are a multiple of this many give the products below ``module`` bits that do not differ.
+    """Forwards whose rows are a multiple of this many give the products below ``module`` bits that do not differ; 0: no
+    number is known to.
 
-    What is not packed beside what is, such as a router of experts, needs whole fours, and a self-test may not show it:
-    where the packed ones round their rows, most of the bits that differ are lost, and not all.
+    What is not packed beside what is needs whole fours, if they do here, and a self-test may not show it: where the
+    packed ones round their rows, most of the bits that differ are lost, and not all.
     """
     packed = products_below(module)
     beside = any(_multiplies(m) for m in module.modules()) and any(not isinstance(p, Plain) for p in packed)
-    return math.lcm(*(product.rows for product in packed), 4 if beside else 1)
+    return math.lcm(*(product.rows for product in packed), plain_rows() if beside else 1)
+
+
+@functools.cache
+def plain_rows() -> int:
+    """Four, where MKL gives rows in whole fours the same bits in any company (AVX2); 0 where it does not (AVX-512)."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(rows, 1024, generator=generator) for rows in (64, 64))
+    whole = F.linear(x, weight)
+    return 4 if all(torch.equal(F.linear(x[:n], weight), whole[:n]) for n in range(4, 64, 4)) else 0
 
 
 def _multiplies(module: nn.Module) -> bool:
     """Whether it has weights of its own that are no table to look up."""
     if isinstance(module, nn.Embedding | Int8Embedding):
         return False
-    return any(p.ndim >= 2 and p.device.type != "meta" for p in module.parameters(recurse=False))
+    own = module.parameters(recurse=False)
+    return any(p.ndim >= 2 and p.device.type != "meta" and not isinstance(p, PackedWeight) for p in own)

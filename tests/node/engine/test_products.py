@@ -18,6 +18,7 @@ from node.engine.products import (
     Plain,
     can_halve,
     pack_module,
+    plain_rows,
     product_of,
     rows_below,
 )
@@ -72,7 +73,7 @@ def test_a_row_has_the_same_bits_in_any_company(form: type[Half | Float]) -> Non
     """For every number of rows that the form promises it for."""
     product, x = form(_weight(200, 448)), _rows(600, 448)
     whole = product(x, None)
-    for n in range(form.rows, 600, form.rows):
+    for n in range(product.rows, 600, product.rows):
         assert torch.equal(product(x[:n], None), whole[:n]), n
         assert torch.equal(product(x[600 - n :], None), whole[600 - n :]), n
 
@@ -136,4 +137,18 @@ def test_what_is_not_packed_beside_what_is_asks_for_whole_fours() -> None:
     pack_module(layer, "int8")
     assert rows_below(layer) == 1
     layer.gate.weight = nn.Parameter(torch.randn(4, 64))
-    assert rows_below(layer) == 4
+    assert rows_below(layer) == plain_rows()
+
+
+def test_a_weight_that_its_module_multiplies_itself_is_packed_too() -> None:
+    layer, x = nn.Module(), _rows(90, 448)
+    layer.gate = nn.Module()
+    layer.gate.weight = nn.Parameter(_weight(8, 448), requires_grad=False)
+    pack_module(layer, "packed")
+    assert rows_below(layer) == layer.gate.weight.product.rows
+    whole = F.linear(x, layer.gate.weight)
+    torch.testing.assert_close(whole, F.linear(x, _weight(8, 448)))
+    for n in range(layer.gate.weight.product.rows, 90, layer.gate.weight.product.rows):
+        assert torch.equal(F.linear(x[:n], layer.gate.weight), whole[:n])
+    assert torch.equal(layer.gate.weight[3] * 2, _weight(8, 448)[3] * 2), "anything else is done with the weight itself"
+    torch.testing.assert_close(F.linear(x, layer.gate.weight, bias=torch.ones(8)), whole + 1)
