@@ -17,7 +17,7 @@ import msgspec
 from mesh.types import PRIORITIES, ModelId
 from node.engine.sequence import Sequence
 
-RATIO = 2.5
+RATIO = 2.2
 """Longest step beside decoding, in steps without chunks."""
 LONGEST_RATIO = 6.0
 """The same while streams are rebuilt, or a crowd waits: five sixths of the time are theirs."""
