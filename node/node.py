@@ -45,6 +45,7 @@ from node.api.context import ApiSettings
 from node.api.guard import is_loopback
 from node.ask import RUNTIME_FILE
 from node.boot import Boot
+from node.bugs import watch_loop
 from node.claims import Claims
 from node.config import NodeConfig
 from node.coordinator import LOCAL, Coordinator, Pace, decode_placement
@@ -226,14 +227,17 @@ class Node:
             self.coordinator.run(),
             self.entry.renew_leases(),
             self.durable.run(lambda: self.settled),
-            self._watch_loop(),
+            watch_loop(self._log),
             self.presence.publish(),
             self.lag.run(),
             self.presence.remember(),
             self.presence.renew(),
             self._come_in(),
-            *([self.loader.run(), self._watch_engine()] if self.machine.holds_layers else []),
+            *(self._working_parts() if self.machine.holds_layers else []),
         ]
+
+    def _working_parts(self) -> list[Coroutine[Any, Any, None]]:
+        return [self.loader.run(), self._watch_engine(), self.presence.measure_again()]
 
     async def _come_in(self) -> None:
         """Offer what is to be offered, say how others join."""
@@ -265,19 +269,6 @@ class Node:
             await asyncio.sleep(1.0)
             if self.engine.failed is not None:
                 await self.engine.failed
-
-    async def _watch_loop(self) -> None:
-        """So does a bug in a callback of the loop, which would only be logged otherwise."""
-        bug: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-        def on_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-            error = context.get("exception")
-            self._log.error("a callback failed", what=context.get("message"), exc_info=error)
-            if isinstance(error, AssertionError) and not bug.done():
-                bug.set_exception(error)
-
-        asyncio.get_running_loop().set_exception_handler(on_error)
-        await bug
 
     def begin_leave(self) -> None:
         """Drain and leave; a second call leaves at once."""
