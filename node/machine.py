@@ -39,6 +39,11 @@ class Machine:
         self.threads = config.threads or os.cpu_count() or 1
         self._flops, self._bandwidth = flops, bandwidth
 
+    async def measure_again(self, config: NodeConfig) -> None:
+        """What else ran on the machine before can only have made it look slower than it is."""
+        found = await measure(config)
+        self._flops, self._bandwidth = max(self._flops, found._flops), max(self._bandwidth, found._bandwidth)
+
     def dtype(self, config: NodeConfig) -> str:
         """The dtype that this node offers models in: what its processor multiplies fast (docs/decisions/0011)."""
         from node.engine.probe import serving_dtype

@@ -56,6 +56,19 @@ def test_threads() -> None:
     assert Machine(NodeConfig(memory=GIB), 0.0, 0.0).threads == os.cpu_count()
 
 
+async def test_measuring_again_finds_a_machine_no_slower(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, found = Machine(NodeConfig(memory=GIB), 5.0, 2.0), [(4.0, 3.0), (6.0, 1.0)]
+
+    async def measured(config: NodeConfig) -> Machine:
+        return Machine(config, *found.pop(0))
+
+    monkeypatch.setattr(machine, "measure", measured)
+    await made.measure_again(NodeConfig(memory=GIB))
+    assert (made._flops, made._bandwidth) == (5.0, 3.0)
+    await made.measure_again(NodeConfig(memory=GIB))
+    assert (made._flops, made._bandwidth) == (6.0, 3.0)
+
+
 class FakeLoader:
     spans = (LayerSpan("m", 0, 4),)
     loading: LayerSpan | None = LayerSpan("m", 0, 6)

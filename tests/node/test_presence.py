@@ -34,3 +34,26 @@ async def test_a_disk_that_refuses_the_others_addresses_costs_no_life(monkeypatc
         await written.wait()
     assert not remembering.done()
     remembering.cancel()
+
+
+async def test_a_machine_is_measured_again_when_it_serves_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(presence, "APART_S", (0.0, 0.0))
+    monkeypatch.setattr(presence, "PUBLISH_S", 0.0)
+    busy, measured = [3, 2, 1], []
+
+    async def measure_again(config: Any) -> None:
+        assert not busy
+        measured.append(config)
+
+    def stats() -> Any:
+        return SimpleNamespace(running=busy.pop() if busy else 0)
+
+    node: Any = SimpleNamespace(
+        config="settings",
+        loader=SimpleNamespace(loading=None),
+        engine=SimpleNamespace(stats=stats),
+        machine=SimpleNamespace(measure_again=measure_again),
+    )
+    async with asyncio.timeout(30.0):
+        await presence.Presence(node).measure_again()
+    assert measured == ["settings"] * presence.MEASURED_AGAIN
