@@ -221,13 +221,13 @@ class Engine:
         if self._open.pop(spec.base, None) is not None:
             self._budget.release(spec.base)
         try:
-            self._admit(spec)
+            return self._admit(spec)
         except MeshError:
             if spec.base and self._runner is not None:
                 self._runner.post(self._runner.close, spec.base)
             raise
 
-    def _admit(self, spec: SequenceSpec) -> None:
+    def _admit(self, spec: SequenceSpec) -> int:
         loaded = self._loaded.get(spec.model)
         if loaded is None or not loaded.span.covers(spec.start, spec.end) or spec.start >= spec.end:
             raise StalePlacement(f"layers [{spec.start}, {spec.end}) of {spec.model} are not held here")

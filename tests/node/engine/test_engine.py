@@ -87,7 +87,7 @@ async def test_admission_is_by_bytes_and_close_gives_them_back(tiny: Tiny) -> No
     bench = Bench(kv_bytes=4 * 256 * 300)  # 300 positions of four layers: two pages
     await bench.load(tiny("llama"), 0, 4)
     assert bench.engine.stats().free_tokens == 300
-    bench.open("a", 0, 4, 128)
+    assert bench.engine.open(SequenceSpec("a", MODEL, 0, 4, 128)) == 4 * 256 * 128
     bench.open("b", 0, 4, 128)
     with pytest.raises(CapacityError):
         bench.open("c", 0, 4, 1)
