@@ -15,7 +15,7 @@ import msgspec
 
 from mesh.errors import ConfigError, MeshError, StalePlacement
 from mesh.types import LayerSpan, ModelId, ModelInfo
-from node.engine.pages import KvBudget, paged_width, width_of
+from node.engine.pages import STEP_ROWS, KvBudget, LayerRoom, paged_width, width_of
 from node.engine.sequence import EngineStats, Result, SequenceSpec, Work
 from node.own_thread import in_own_thread
 from node.text.grammar import Vocabularies
@@ -37,7 +37,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Where weights, keys and values lie and layers are computed: ``cpu`` or ``cuda:N``."""
     exact: Literal["auto", "on", "off"] = "auto"
     """``on`` refuses spans that fail the self-test, ``off`` skips it and advertises nothing."""
-    step_rows: int = 512
+    step_rows: int = STEP_ROWS
     """Rows of one step at most; what goes beside decoding is measured and less."""
 
 
@@ -48,8 +48,8 @@ class Loaded(msgspec.Struct, frozen=True):
     mode: Literal["packed", "compat"]
     exact: bool
     """A position gives the same bits alone, in any batch, in any chunk, at any number of stages."""
-    layer_bytes: tuple[int, ...]
-    """Keys and values of one position, of each layer."""
+    layers: tuple[LayerRoom, ...]
+    """What each takes of a sequence."""
     why: str = ""
     """Why it is not packed."""
 
@@ -60,14 +60,14 @@ class _Known(msgspec.Struct, frozen=True):
     mode: Literal["packed", "compat"]
     exact: bool
     why: str
-    layer_bytes: dict[int, int]
+    layers: dict[int, LayerRoom]
 
 
 def _joined(known: _Known | None, prepared: Prepared) -> _Known:
     if known is None:
-        return _Known(prepared.mode, prepared.exact, prepared.why, prepared.layer_bytes)
+        return _Known(prepared.mode, prepared.exact, prepared.why, prepared.layers)
     same, why = known.exact and prepared.exact, known.why or prepared.why
-    return _Known(known.mode, same, why, known.layer_bytes | prepared.layer_bytes)
+    return _Known(known.mode, same, why, known.layers | prepared.layers)
 
 
 class Engine:
@@ -81,7 +81,8 @@ class Engine:
         """Nodes of one hardware class replay to the same bits; known once a span is loaded."""
         self.failed: asyncio.Future[None] | None = None
         """Awaited by whoever must know that the device thread died of a bug; made with the thread."""
-        self._budget = KvBudget(self.config.kv_bytes, width_of if self.config.device == "cpu" else paged_width)
+        width = width_of if self.config.device == "cpu" else paged_width
+        self._budget = KvBudget(self.config.kv_bytes, width, self.config.step_rows)
         self._open: dict[str, SequenceSpec] = {}
         self._loaded: dict[ModelId, Loaded] = {}
         self._known: dict[ModelId, _Known] = {}
@@ -140,8 +141,8 @@ class Engine:
         self._narrow(model.id, span)
         self._folders[model.id], self._known[model.id] = folder, known
         await self._on_thread(runner.install, model.id, shard, known.mode, wanted)
-        layer_bytes = tuple(known.layer_bytes[i] for i in range(span.start, span.end))
-        self._loaded[model.id] = Loaded(span, known.mode, known.exact, layer_bytes, known.why)
+        layers = tuple(known.layers[i] for i in range(span.start, span.end))
+        self._loaded[model.id] = Loaded(span, known.mode, known.exact, layers, known.why)
         return self._loaded[model.id]
 
     def _served(self, model: ModelInfo) -> Part:
@@ -158,8 +159,8 @@ class Engine:
         start, end = max(span.start, before.span.start), min(span.end, before.span.end)
         if start < end:
             skip = start - before.span.start
-            kept = before.layer_bytes[skip : skip + end - start]
-            self._loaded[model] = msgspec.structs.replace(before, span=LayerSpan(model, start, end), layer_bytes=kept)
+            kept = before.layers[skip : skip + end - start]
+            self._loaded[model] = msgspec.structs.replace(before, span=LayerSpan(model, start, end), layers=kept)
 
     async def _prepare(self, folder: Path, part: Part, dtype: str, quantize: str) -> Prepared:
         from node.engine.loading import prepare
@@ -233,7 +234,7 @@ class Engine:
             raise StalePlacement(f"layers [{spec.start}, {spec.end}) of {spec.model} are not held here")
         assert self._runner is not None
         a, b = spec.start - loaded.span.start, spec.end - loaded.span.start
-        room = self._budget.reserve(spec.key, spec.max_positions, sum(loaded.layer_bytes[a:b]))
+        room = self._budget.reserve(spec.key, spec.max_positions, loaded.layers[a:b])
         self._open[spec.key] = spec
         self._runner.post(self._runner.open, spec, self._guide(spec))
         return room
@@ -268,7 +269,7 @@ class Engine:
     # -- pages that sequences share ------------------------------------------------------------------------------------
 
     def page_bytes(self, key: str, size: int) -> int:
-        """What a page of ``size`` positions of ``key`` takes; 0: its state cannot be cut into pages."""
+        """What a page of ``size`` positions of ``key`` takes at most; 0: its state cannot be cut into pages."""
         loaded = self._loaded.get(self._open[key].model)
         return size * self._budget.position_bytes(key) if loaded is not None and loaded.mode == "packed" else 0
 
@@ -327,12 +328,13 @@ class Engine:
         runner = self._runner
         if runner is None:
             return EngineStats()
-        widest = max((sum(loaded.layer_bytes) for loaded in self._loaded.values()), default=0)
+        spans = [loaded.layers for loaded in self._loaded.values()]
+        widest = max(spans, key=lambda layers: sum(layer.bytes for layer in layers), default=())
         holdings = list(runner.models.values())
         return EngineStats(
             running=len(self._open),
             waiting=runner.waiting,
-            free_tokens=(self._budget.total - self._budget.used) // widest if widest else 0,
+            free_tokens=self._budget.positions(widest),
             used_bytes=self._budget.used,
             shared_bytes=self._budget.shared,
             held_bytes=sum(holding.cache.bytes + holding.pages.bytes for holding in holdings),

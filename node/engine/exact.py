@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 
 from node.engine import experts, products
-from node.engine.batch import Rows
+from node.engine.cells import Rows
+from node.engine.kv_cache import KvCache
 from node.engine.shard import Shard
 
 LENGTHS = (134, 37, 9, 6)
@@ -107,7 +108,8 @@ def _mixed() -> list[Step]:
 
 def _play(shard: Shard, layer: int, given: list[torch.Tensor], steps: Sequence[Step]) -> Outputs:
     """Run ``steps`` through one layer; per sequence its hidden states (and logits, behind the last layer)."""
-    cache = shard.cache()
+    # A window of one key: what lies past a page is read from there, as a longer sequence is past its window.
+    cache = KvCache({layer: 0}) if shard.room_of(layer, 0).window else shard.cache()
     places = [cache.open(layer, layer + 1, len(rows)) for rows in given]
     done = [0] * len(given)
     outputs: Outputs = [[] for _ in given]

@@ -15,7 +15,7 @@ import msgspec
 import structlog
 import torch
 
-from node.engine.batch import Rows
+from node.engine.cells import Rows
 from node.engine.page_pool import PagePool
 from node.engine.paged import Layout, PagedBatch, layout_of, numbers_of
 from node.engine.pages import rounded

@@ -8,12 +8,13 @@ from typing import Any, cast
 import msgspec
 import torch
 
-from node.engine.batch import Rows
+from node.engine.cells import Rows
 from node.engine.compat import CompatState
 from node.engine.graphs import Graphs, capture_on
 from node.engine.kv_cache import Place
 from node.engine.memory import trim
 from node.engine.page_pool import PagedCache, PagedPlace
+from node.engine.pages import STEP_ROWS
 from node.engine.sampler import Row, draw, score
 from node.engine.scheduler import Slice
 from node.engine.selfcheck import Mode
@@ -56,9 +57,9 @@ class Heads(msgspec.Struct, frozen=True):
 class Holding:
     """A loaded model.  Only the device thread calls it."""
 
-    def __init__(self, shard: Shard, mode: Mode, kv_bytes: int = 0) -> None:
+    def __init__(self, shard: Shard, mode: Mode, kv_bytes: int = 0, step_rows: int = STEP_ROWS) -> None:
         self.shard, self.mode = shard, mode
-        self.cache: Any = shard.cache(kv_bytes)
+        self.cache: Any = shard.cache(kv_bytes, step_rows)
         self.pages = PageStore()
         capture = capture_on(shard.device) if mode == "packed" and shard.paged else None
         self.graphs = Graphs(shard, self.cache.pool, capture) if capture is not None else None
@@ -81,8 +82,9 @@ class Holding:
 
     def cut(self, sequence: Sequence, length: int) -> bool:
         """Positions from ``length`` on are void.  ``False``: its state cannot go back there, and is empty now."""
-        if isinstance(sequence.state, CompatState) and not sequence.state.cut(min(length, sequence.length)):
-            sequence.state.cut(0)
+        state: Any = sequence.state
+        if not state.cut(min(length, sequence.length)):
+            state.cut(0)
             return False
         sequence.cut(length)
         return True
@@ -93,7 +95,7 @@ class Holding:
         self.pages.keep(cast(Any, sequence.state), spec.start, spec.end, size, pages)
 
     def take_pages(self, sequence: Sequence, size: int, pages: Many[int]) -> bool:
-        """Begin behind ``pages``; ``False``: not all of them are here."""
+        """Begin behind ``pages``; ``False``: not all that is needed of them is here."""
         spec = sequence.spec
         taken = self.pages.take(cast(Any, sequence.state), spec.start, spec.end, size, pages)
         sequence.length = size * len(pages) if taken else 0

@@ -11,6 +11,7 @@ import torch
 from mesh.errors import ConfigError
 from node.engine import attention, exact, experts, products
 from node.engine.memory import trim
+from node.engine.pages import LayerRoom
 from node.engine.selfcheck import Mode, check, find_direct
 from node.engine.shard import Shard
 from node.engine.span import ONE_AT_A_TIME, Part, load_part, read_config
@@ -24,8 +25,8 @@ class Prepared(msgspec.Struct, frozen=True):
 
     shard: Shard
     mode: Mode
-    layer_bytes: dict[int, int]
-    """Layer -> bytes of one position's keys and values."""
+    layers: dict[int, LayerRoom]
+    """What each takes of a sequence."""
     exact: bool
     hardware: str
     """Nodes of one hardware class give the same bits."""
@@ -84,13 +85,14 @@ def _in_form(
     runs = _runs(part.layers)
     checks = [check(shard, start, end) for start, end in runs]
     mode: Mode = "packed" if all(c.mode == "packed" for c in checks) else "compat"
-    layer_bytes = {i: b for (start, end), c in zip(runs, checks, strict=True) for i, b in _numbered(start, end, c)}
+    sizes = {i: b for (start, end), c in zip(runs, checks, strict=True) for i, b in _numbered(start, end, c)}
+    layers = {i: shard.room_of(i, size) if mode == "packed" else LayerRoom(size) for i, size in sizes.items()}
     shard.use(attention.NAME if mode == "packed" else "eager")
     if mode == "packed":
         find_direct(shard, runs)
     same = mode == "packed" and exactness != "off" and all(exact.make_exact(shard, a, b, threads) for a, b in runs)
     why = next((c.why for c in checks if c.why), "")
-    return Prepared(shard, mode, layer_bytes, same, exact.hardware_class(device, dtype), why)
+    return Prepared(shard, mode, layers, same, exact.hardware_class(device, dtype), why)
 
 
 def _load(

@@ -25,7 +25,7 @@ class PagePool:
         self.moved = 0
         """How often its tensors were made anew: what holds their addresses is void then."""
         self.windows: dict[int, int | None] = {} if windows is None else windows
-        """Layer -> how many keys before itself a query sees, see ``paged.window_of``."""
+        """Layer -> how many keys before itself a query sees, see ``windows.window_of``."""
         self._budget = budget
         self._room = 1
         self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -77,6 +77,21 @@ class PagedPlace:
 
     def __init__(self, pool: PagePool, pages: Sequence[int]) -> None:
         self.pool, self.pages = pool, np.array(pages, np.int32)
+
+    def base(self, layer: int) -> int:
+        """The first position that is held in ``layer``: pages are of all layers, with a window or without."""
+        return 0
+
+    def cut(self, length: int) -> bool:
+        return True
+
+    def begin(self, length: int, held: int) -> bool:
+        return held == 0
+
+    def extend(self, start: int, n: int, lacking: dict[int, int]) -> None:
+        """``ValueError``: positions are lacking."""
+        if any(lacking.values()):
+            raise ValueError("positions are lacking in a layer that holds all of them")
 
     def _index(self, start: int, n: int, device: torch.device) -> torch.Tensor:
         """Where positions [start, start + n) lie among all positions of the pool."""

@@ -17,9 +17,11 @@ import numpy as np
 import torch
 
 from node.engine.attention import MaskRule
-from node.engine.batch import Packed, Rows, plain, special
+from node.engine.batch import Packed, plain, special
+from node.engine.cells import Rows
 from node.engine.page_pool import PAGE, PagePool
 from node.engine.transfer import host_empty
+from node.engine.windows import additive, visible, window_of
 
 HALVES = (torch.bfloat16, torch.float16)
 HEAD_MOST = 256
@@ -162,7 +164,8 @@ class PagedBatch(Packed):
             pages = self._tables[i, : -(-length // PAGE)].long()
             held = [t[pages].flatten(0, 1)[:length].transpose(0, 1)[None] for t in (keys, values)]
             if (id(rule), i) not in self._masks:
-                self._masks[id(rule), i] = rule, _mask(rule, self.positions[a:b], length, query.dtype)
+                seen = visible(rule, self.positions[a:b], 0, length)
+                self._masks[id(rule), i] = rule, additive(seen, query.dtype)[None, None]
             found = product(query[a:b].transpose(0, 1)[None], *held, self._masks[id(rule), i][1], *options)
             out[a:b] = found[0].transpose(0, 1)
         return out
@@ -180,36 +183,3 @@ def fits_kernel(query: torch.Tensor, value: torch.Tensor) -> bool:
     size = query.shape[-1]
     halves = query.device.type == "cuda" and query.dtype in HALVES
     return halves and size == value.shape[-1] and size % 8 == 0 and size <= HEAD_MOST
-
-
-def _mask(rule: MaskRule | None, positions: torch.Tensor, length: int, dtype: torch.dtype) -> torch.Tensor:
-    """0 where a query at ``positions`` [n] sees a key, -inf elsewhere: [1, 1, n, length]."""
-    hidden = ~_visible(rule, positions, length)
-    return torch.zeros_like(hidden, dtype=dtype).masked_fill_(hidden, float("-inf"))[None, None]
-
-
-def _visible(rule: MaskRule | None, positions: torch.Tensor, length: int) -> torch.Tensor:
-    columns = torch.arange(length, device=positions.device)
-    found: Any = columns <= positions[:, None] if rule is None else rule.visible(0, 0, positions[:, None], columns)
-    return torch.as_tensor(found).broadcast_to(positions.shape[0], length)
-
-
-PROBED = tuple(sorted({p for k in range(16) for p in ((1 << k) - 1, 1 << k, (1 << k) + 1, 3 << k, (5 << k) - 3)} - {0}))
-"""Positions at which a mask is looked at, past every window and chunk in use."""
-
-
-def window_of(rule: MaskRule | None, device: torch.device) -> int | None:
-    """How many keys before itself a query sees (-1: all); ``None``: it is no such window."""
-    if rule is None:
-        return -1
-    counts = []
-    for position in PROBED:
-        seen = _visible(rule, torch.full((1,), position, device=device), position + 2)[0]
-        count = int(seen.sum())
-        if not count or not bool(seen[position + 1 - count : position + 1].all()):
-            return None  # not the last ones up to itself
-        counts.append(count)
-    window = max(counts)
-    if any(count != min(position + 1, window) for position, count in zip(PROBED, counts, strict=True)):
-        return None
-    return -1 if window == PROBED[-1] + 1 else window - 1

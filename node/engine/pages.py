@@ -1,15 +1,18 @@
 """Room for keys and values: how much is promised, and which slot of which extent holds a sequence.  No torch here.
 
 A sequence takes one slot, wide enough for every position that it may come to hold, in the extent of its width class:
-its keys and values never move while it runs, and sequences in neighbouring slots are read in one batched product.
-Memory that was reserved and not written yet is not resident, so a generous ``max_positions`` costs promises, not RAM.
+its keys and values stay where they are while it runs, and sequences in neighbouring slots are read in one batched
+product.  Memory that was reserved and not written yet is not resident, so a generous ``max_positions`` costs promises,
+not RAM.  Layers with a window have slots of a ``Band``, which begin at a later position every few hundred.
 """
 
 from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+
+import msgspec
 
 from mesh.errors import CapacityError
 
@@ -18,6 +21,15 @@ PAGE = 128
 
 GPU_PAGE = 256
 """Positions; FlashAttention 2, which torch brings, reads pages of a multiple of this."""
+
+STEP_ROWS = 512
+"""Rows of one step at most, where nothing else is said."""
+
+FAR = 1 << 40
+"""Positions past every context."""
+
+SLACK = 64
+"""Positions that a sequence with windows can always be cut back by: owners let the first hop run 32 past them."""
 
 
 def width_of(positions: int) -> int:
@@ -43,26 +55,72 @@ def padded(positions: int) -> int:
     return -(-positions // PAGE) * PAGE
 
 
+class Band(msgspec.Struct, frozen=True):
+    """How a layer holds the last positions of a sequence: ``width`` of them, from a page on that moves up.
+
+    What is read for a position depends on it alone, and not on where its slot begins now: the same bits everywhere.
+    """
+
+    window: int
+    """Keys that a query sees, its own included."""
+    width: int
+    ahead: int
+    """Positions that one step writes at most."""
+
+    def first(self, position: int) -> int:
+        """The first key read for ``position``, the same for all of its page: at a page, and not past its window."""
+        return max(0, position // PAGE * PAGE - self.window + 1) // PAGE * PAGE
+
+    def start(self, length: int) -> int:
+        """Where a slot begins that has just moved, before position ``length`` is written.
+
+        What the last step wrote is there still: whoever copies it as a shared page comes a step later.
+        """
+        return min(self.first(max(0, length - SLACK)), max(0, length - self.ahead) // PAGE * PAGE)
+
+    def moved(self, base: int, start: int, n: int) -> int:
+        """Where a slot that begins at ``base`` is to begin, so that [start, start + n) can be written."""
+        if start + n <= base + self.width:
+            return base
+        return max(self.start(start), padded(start + n) - self.width)
+
+
+def band_of(window: int, width: int, step_rows: int) -> Band:
+    """Of a layer with ``window``, in slots of ``width`` positions elsewhere."""
+    before = max(SLACK + padded(window - 1), step_rows) + PAGE - 1
+    return Band(window, min(width, padded(before + step_rows)), step_rows)
+
+
+class LayerRoom(msgspec.Struct, frozen=True):
+    """What a layer takes of a sequence."""
+
+    bytes: int
+    """Keys and values of one position."""
+    window: int = 0
+    """Only so many positions are ever seen; 0: all."""
+
+
 class KvBudget:
     """Promises of room in bytes, kept by the event loop: what ``open`` granted is there until ``close``.
 
     Shared pages take what is left: they are never in the way of a promise, but then have to go (``excess``).
     """
 
-    def __init__(self, total: int, width: Callable[[int], int] = width_of) -> None:
-        """``width``: the positions that are taken for a sequence of so many."""
-        self.total, self._width = total, width
+    def __init__(self, total: int, width: Callable[[int], int] = width_of, step_rows: int = STEP_ROWS) -> None:
+        """``width``: the positions that are taken for a sequence of so many, where a layer has no window."""
+        self.total, self._width, self._step_rows = total, width, step_rows
         self.used = 0
         self._held: dict[str, tuple[int, int]] = {}
         """Sequence -> bytes promised, and bytes of one position."""
         self._pages: dict[int, int] = {}
         self.shared = 0
 
-    def reserve(self, key: str, positions: int, bytes_per_position: int) -> int:
+    def reserve(self, key: str, positions: int, layers: Sequence[LayerRoom]) -> int:
         """The bytes promised.  Raises ``CapacityError``, with when to ask again and what is lacking, if they do not
         fit."""
         assert key not in self._held, f"{key} is open already"
-        need = self._width(positions) * bytes_per_position
+        width = self._width(positions)
+        need = sum(layer.bytes * self._most(layer, width) for layer in layers)
         if self.used + need > self.total:
             # Room comes back when a sequence ends; the fuller with small ones, the sooner.
             wait = min(5.0, 0.25 + 4.0 * need / max(1, self.total))
@@ -70,8 +128,23 @@ class KvBudget:
             free = self.total - self.used
             raise CapacityError(f"{positions} positions need {need} bytes of {free} free", wait, lacking)
         self.used += need
-        self._held[key] = need, bytes_per_position
+        self._held[key] = need, sum(layer.bytes for layer in layers)
         return need
+
+    def _most(self, layer: LayerRoom, width: int) -> int:
+        """The positions that it holds in slots of ``width``."""
+        return band_of(layer.window, width, self._step_rows).width if layer.window else width
+
+    def positions(self, layers: Sequence[LayerRoom]) -> int:
+        """How long a sequence over ``layers`` could still be; where none of them grows any more, as if one did."""
+        free, at = max(0, self.total - self.used), 0
+        rooms = [(self._most(layer, FAR) if layer.window else FAR, layer.bytes) for layer in layers]
+        for end in sorted({most for most, _ in rooms}):
+            each = sum(size for most, size in rooms if most >= end)
+            if end == FAR or free < each * (end - at):
+                return at + free // max(1, each)
+            free, at = free - each * (end - at), end
+        return at + free // max(1, min((size for _, size in rooms), default=free + 1))
 
     def release(self, key: str) -> None:
         self.used -= self._held.pop(key, (0, 0))[0]
@@ -81,7 +154,7 @@ class KvBudget:
         return self._held[key][1]
 
     def keep(self, key: str, size: int, pages: Iterable[int]) -> None:
-        """Pages of ``size`` positions each of ``key``."""
+        """Pages of ``size`` positions each of ``key``: in all layers, though windows may be past some of them."""
         for number in pages:
             self._pages[number] = size * self.position_bytes(key)
             self.shared += self._pages[number]

@@ -181,8 +181,10 @@ class Runner:
         if base is None:
             holding.open(sequence)
         else:
-            sequence.state, sequence.length = base.state, min(base.length, spec.kept)
+            sequence.state, sequence.length = base.state, base.length
         self._sequences[spec.key] = sequence
+        if base is not None and not holding.cut(sequence, spec.kept):
+            self._deliver([sequence.rewind()])
         if guide is not None:
             guide.size = vocabulary
             guide.post = lambda found: self.post(self.take_mask, sequence, guide, found)
@@ -255,7 +257,7 @@ class Runner:
         """Take over a freshly loaded shard, next to the layers that are here already."""
         holding = self._models.get(model)
         if holding is None:
-            self._models[model] = holding = Holding(shard, mode, self._kv_bytes)
+            self._models[model] = holding = Holding(shard, mode, self._kv_bytes, self._step_rows)
             shard.use(_attention_of(mode))
         elif shard is not holding.shard:
             holding.shard.adopt(shard)

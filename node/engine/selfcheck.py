@@ -15,7 +15,8 @@ import torch
 
 from mesh.errors import ConfigError
 from node.engine import attention
-from node.engine.batch import Rows
+from node.engine.batch import Packed
+from node.engine.cells import Rows
 from node.engine.compat import CompatState
 from node.engine.direct import Direct
 from node.engine.shard import Shard
@@ -137,18 +138,19 @@ def _try_packed(
     shard: Shard, start: int, end: int, given: torch.Tensor, expected: Outcome, tolerance: float
 ) -> tuple[int, ...] | str:
     try:
-        outcomes, seen = _packed(shard, start, end, given)
+        outcomes, batch = _packed(shard, start, end, given)
     except Exception as error:
         return _line(error)
-    if set(seen) != set(range(start, end)):
+    if set(batch.seen) != set(range(start, end)):
         return "not every layer keeps keys and values"
     difference = _difference(outcomes, expected, tolerance)
     item = shard.dtype.itemsize
-    return difference or tuple(sum(h * d for h, d in seen[i]) * item for i in range(start, end))
+    shard.learn_windows(batch)
+    return difference or tuple(sum(h * d for h, d in batch.seen[i]) * item for i in range(start, end))
 
 
-def _packed(shard: Shard, start: int, end: int, given: torch.Tensor) -> tuple[list[Outcome], dict[int, Any]]:
-    """The packed forward in chunks, and the shapes of each layer's keys and values."""
+def _packed(shard: Shard, start: int, end: int, given: torch.Tensor) -> tuple[list[Outcome], Packed]:
+    """The packed forward in chunks, and the last one's batch."""
     place = shard.cache().open(start, end, sum(CHUNKS))
     outcomes, first = [], 0
     for n in CHUNKS:
@@ -156,7 +158,7 @@ def _packed(shard: Shard, start: int, end: int, given: torch.Tensor) -> tuple[li
         rows = torch.arange(n) if end == shard.layout.n_layers else None
         outcomes.append(shard.packed(start, end, given[first : first + n], batch, rows))
         first += n
-    return outcomes, batch.seen
+    return outcomes, batch
 
 
 def _try_compat(shard: Shard, start: int, end: int, given: torch.Tensor, expected: Outcome) -> tuple[int, ...] | str:

@@ -16,14 +16,16 @@ import torch
 from torch import nn
 
 from node.engine import attention, experts, products
-from node.engine.batch import Batch, Packed, Rows, packed_order
+from node.engine.batch import Batch, Packed
+from node.engine.cells import Rows, packed_order
 from node.engine.direct import Direct
-from node.engine.kv_cache import KvCache
+from node.engine.kv_cache import KvCache, Windows
 from node.engine.lean import LeanLayer, lean_form
 from node.engine.page_pool import PagedCache
 from node.engine.paged import PagedBatch
-from node.engine.pages import rounded
+from node.engine.pages import STEP_ROWS, LayerRoom, rounded
 from node.engine.span import Absent, Layout, Part, Skipped, copy_scalars, replace_module
+from node.engine.windows import window_of
 
 CPU = torch.device("cpu")
 
@@ -128,8 +130,8 @@ class Shard:
         """Or, on pages, to one of a few sizes: the exact mode's rule there."""
         self.direct: Direct | None = None
         """The packed forward of ranges that it is ready for; found by the self-check."""
-        self._windows: dict[int, int | None] = {}
-        """What all pools of pages know of this model's masks."""
+        self.windows: Windows = {}
+        """What all its caches know of this model's masks."""
         self._flow = _Flow()
         self._owner = model.get_submodule(self.layout.owner) if self.layout.owner else model
         self._takes = {
@@ -211,7 +213,7 @@ class Shard:
         self.direct = self.direct.joined(other.direct) if self.direct and other.direct else None
         self.multiple = math.lcm(self.multiple, other.multiple)
         self.bucketed = self.bucketed or other.bucketed
-        self._windows.update(other._windows)
+        self.windows.update(other.windows)
         self.weight_bytes = self._weigh()
 
     def keep(self, part: Part) -> None:
@@ -246,9 +248,21 @@ class Shard:
     def paged(self) -> bool:
         return self.device.type != "cpu"
 
-    def cache(self, budget: int = 0) -> KvCache | PagedCache:
-        """Room for keys and values; ``budget``: bytes past which pages are taken one by one."""
-        return PagedCache(budget, self._windows) if self.paged else KvCache()
+    def cache(self, budget: int = 0, step_rows: int = STEP_ROWS) -> KvCache | PagedCache:
+        """Room for keys and values; ``budget``: bytes past which pages are taken one by one; ``step_rows``: of one
+        sequence in a step at most."""
+        return PagedCache(budget, self.windows) if self.paged else KvCache(self.windows, step_rows)
+
+    def learn_windows(self, batch: Packed) -> None:
+        """From the masks that ``batch`` was given; batches over pages learn by themselves."""
+        if isinstance(batch, Batch):
+            known = {id(rule): window_of(rule, self.device) for rule in batch.rules.values()}
+            self.windows.update({layer: known[id(rule)] for layer, rule in batch.rules.items()})
+
+    def room_of(self, layer: int, size: int) -> LayerRoom:
+        """What ``layer`` takes of a sequence, at ``size`` bytes a position; pages are held of all positions."""
+        before = None if self.paged else self.windows.get(layer)
+        return LayerRoom(size, 0 if before is None else before + 1)
 
     def order(self, rows: Sequence[Rows]) -> list[int]:
         """The order in which ``batch`` wants its rows: indices into ``rows``."""

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from node.engine import graphs, holding
-from node.engine.batch import Rows
+from node.engine.cells import Rows
 from node.engine.graphs import Capture, Graphs, Outcome, Shape, shape_of
 from node.engine.loading import prepare
 from node.engine.page_pool import PagedCache

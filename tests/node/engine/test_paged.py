@@ -14,10 +14,12 @@ from transformers import masking_utils
 from mesh.types import LayerSpan
 from node.engine import paged
 from node.engine.attention import MaskRule
-from node.engine.batch import Batch, Rows, packed_order
+from node.engine.batch import Batch
+from node.engine.cells import Rows, packed_order
 from node.engine.kv_cache import KvCache
 from node.engine.page_pool import PAGE, PagedCache
-from node.engine.paged import Layout, PagedBatch, layout_of, window_of
+from node.engine.paged import Layout, PagedBatch, layout_of
+from node.engine.windows import window_of
 from tests import pretend_device
 from tests.node.engine.chain import MODEL, Chain, info
 
@@ -137,6 +139,7 @@ def test_what_the_kernel_does_not_do_is_written_out(
         (masking_utils.chunked_causal_mask_function(100, torch.zeros(1, dtype=torch.long)), None),
         (lambda b, h, q, k: k >= 0, None),
         (lambda b, h, q, k: (k <= q) & (k > 3), None),
+        (lambda b, h, q, k: (k <= q) & torch.ones(40, dtype=torch.bool)[k], None),
     ],
 )
 def test_which_masks_are_windows(rule: Callable[..., Any] | None, window: int | None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mesh.errors import CapacityError
-from node.engine.pages import PAGE, KvBudget, Slots, padded, runs_of, width_of
+from node.engine.pages import PAGE, KvBudget, LayerRoom, Slots, padded, runs_of, width_of
 
 
 @pytest.mark.parametrize(
@@ -23,15 +23,15 @@ def test_a_width_holds_its_positions_and_wastes_at_most_half_and_a_page() -> Non
 
 
 def test_the_budget_refuses_what_does_not_fit_and_says_when_to_come_back() -> None:
-    budget = KvBudget(10 * PAGE * 100)
-    budget.reserve("a", 8 * PAGE, 100)
+    budget, layers = KvBudget(10 * PAGE * 100), [LayerRoom(60), LayerRoom(40)]
+    budget.reserve("a", 8 * PAGE, layers)
     with pytest.raises(CapacityError) as refused:
-        budget.reserve("b", 3 * PAGE, 100)
+        budget.reserve("b", 3 * PAGE, layers)
     assert 0 < refused.value.retry_after_s <= 5
-    budget.reserve("c", 2 * PAGE, 100)
+    budget.reserve("c", 2 * PAGE, layers)
     budget.release("a")
     budget.release("a")
-    budget.reserve("b", 3 * PAGE, 100)
+    budget.reserve("b", 3 * PAGE, layers)
     budget.release("b")
     budget.release("c")
     assert budget.used == 0
