@@ -177,7 +177,7 @@ class SessionHop:
 
     def rewind(self) -> list[Effect]:
         """The engine does not have what it was to keep: all is computed again, and sent from where it was not yet."""
-        return [*self.cut(0), *self.want()]
+        return [*self.prefix.refused(self.done), *self.cut(0), *self.want()]
 
     def _flush(self) -> list[Effect]:
         """Send what is known and the hop behind does not have yet."""

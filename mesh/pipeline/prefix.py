@@ -106,6 +106,10 @@ class Pages:
             gone.append(page)
         return _dropped(gone)
 
+    def give_up(self, span: LayerSpan, chain: Chain) -> list[Effect]:
+        """Those that are held of ``chain``."""
+        return _dropped([self._forget((span, name)) for name in chain if self.has(span, name)])
+
     def keep_only(self, held: Callable[[LayerSpan], bool]) -> list[Effect]:
         """Give up the pages of spans that are not held any more."""
         return _dropped([self._forget(key) for key in list(self._pages) if not held(key[0])])
@@ -168,6 +172,14 @@ class Prefix:
         ]
         pages.touch(self._span, self.chain[: self._seen])
         return [Emit(KeepPages(self._key, pages.size, tuple(kept)))] if kept else []
+
+    def refused(self, done: int) -> list[Effect]:
+        """The engine begins anew, where positions [0, done) were computed.  If that was all that pages gave, it cannot
+        begin behind them: they go, so that those computed now are kept in their place."""
+        if not self.length or done != self.length:
+            return []
+        taken, self.length, self._seen = self.length // self._pages.size, 0, 0
+        return self._pages.give_up(self._span, self.chain[:taken])
 
     def cut(self, length: int) -> None:
         """Positions from ``length`` on are void."""

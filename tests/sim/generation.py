@@ -120,7 +120,7 @@ class FakeEngine:
         forgets: float = 0.0,
     ) -> None:
         """``room``: for shared pages, less one for each sequence; ``forgets``: how often a sequence cannot go back to
-        where it is to: it stands at 0, and says so with the next step."""
+        where it is to, or begin there: it stands at 0, and says so with the next step."""
         self.rng, self.slots, self.step_s, self.chunk = rng, slots, step_s, chunk
         self.room, self.forgets, self._chance = room, forgets, random.Random(0)
         self.pages: dict[int, dict[int, list[int]]] = {}
@@ -134,11 +134,12 @@ class FakeEngine:
         self.carried = 0
         """Sequences that went on from shipped pages."""
 
-    def reserve(self, ask: t.Reserve) -> bool:
+    def reserve(self, ask: t.Reserve, now: float) -> bool:
         base = self.sequences.pop(ask.base)[0] if ask.base else FakeKv(ask.start, ask.end)
         if len(self.sequences) >= self.slots:
             return False
-        base.truncate(ask.kept)
+        forgets = ask.kept > 0 and self._forgets(ask.key, now)
+        base.truncate(0 if forgets else ask.kept)
         self.carried += ask.kept > 0
         self.sequences[ask.key] = (base, ask)
         return True
@@ -153,9 +154,11 @@ class FakeEngine:
             assert start + event.size <= kv.length
             self.pages[number] = kv.read(start, start + event.size)
 
-    def take(self, event: t.TakePages) -> None:
+    def take(self, event: t.TakePages, now: float) -> None:
         kv = self.sequences[event.key][0]
         assert kv.length == 0
+        if self._forgets(event.key, now):
+            return
         kv.begin([self.pages[number] for number in event.pages], event.size * len(event.pages))
 
     def drop(self, event: t.DropPages) -> None:
@@ -180,12 +183,17 @@ class FakeEngine:
             return
         self.lost.discard(key)
         kv = self.sequences[key][0]
-        if 0 < length < kv.length and self._chance.random() < self.forgets:
-            self.lost.add(key)
-            self.due = self.due or now + self.step_s
-            self.rewound.append(t.Computed(key, 0, 0, 0, rewound=True))
-            length = 0
-        kv.truncate(length)
+        forgets = 0 < length < kv.length and self._forgets(key, now)
+        kv.truncate(0 if forgets else length)
+
+    def _forgets(self, key: str, now: float) -> bool:
+        """Whether it stands at 0 from now on; then it says so."""
+        if self._chance.random() >= self.forgets:
+            return False
+        self.lost.add(key)
+        self.due = self.due or now + self.step_s
+        self.rewound.append(t.Computed(key, 0, 0, 0, rewound=True))
+        return True
 
     def free(self, key: str) -> None:
         self.lost.discard(key)
@@ -380,7 +388,7 @@ class Peer:
             if isinstance(effect, Send):
                 out.append(effect)
             elif isinstance(event, t.Reserve):
-                if self.engine.reserve(event):
+                if self.engine.reserve(event, now):
                     answer = self.stage.reserved(event.key, now, page_bytes=1, room=1)
                     answer += self.stage.evict(self.engine.excess)
                 else:
@@ -394,7 +402,7 @@ class Peer:
                 self.engine.keep(event)
                 out += self._staged(self.stage.evict(self.engine.excess), now)
             elif isinstance(event, t.TakePages):
-                self.engine.take(event)
+                self.engine.take(event, now)
             elif isinstance(event, t.DropPages):
                 self.engine.drop(event)
             elif isinstance(event, t.Free):

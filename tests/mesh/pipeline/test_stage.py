@@ -676,6 +676,19 @@ def test_a_hop_that_has_more_pages_than_the_hop_behind_wants_sends_what_lacks() 
     assert only(other.compute(), m.Forward) == m.Forward("t", (1, OWNER), 6, 2, rows(6, 2))
 
 
+def test_pages_that_the_engine_cannot_begin_behind_are_kept_anew() -> None:
+    """Else whoever begins so would be told the same, for good."""
+    _, other = sharing(1)
+    effects = other.note(other.core.computed([s.Computed(other.key, 0, 0, 0, rewound=True)], 0.0))
+    assert [type(event) for event in events(effects)] == [t.DropPages, t.Truncate]
+    assert sorted(only(effects, t.DropPages).pages) == [1, 2]
+    assert only(effects, m.Gap).expected == 0
+    other.forward(0, 4)
+    assert only(other.compute(), t.KeepPages) == t.KeepPages("t#2", 2, ((0, 3), (2, 4)))
+    effects = other.note(other.core.computed([s.Computed(other.key, 0, 0, 0, rewound=True)], 0.0))
+    assert [type(event) for event in events(effects)] == [t.Truncate], "a cut that goes too far says nothing of pages"
+
+
 def test_the_first_hop_computes_what_follows_the_pages() -> None:
     _, other = sharing(0, drawn=(20,), max_positions=64)
     assert only(other.opened, t.Compute).start == 4
