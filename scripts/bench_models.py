@@ -40,6 +40,15 @@ class Models:
         path = self.folder / f"tiny-{layers}" / "model"
         return path if path.exists() else write_tiny("llama", path, layers, tokenizer=True)
 
+    def windowed(self, window: int, context: int) -> Path:
+        """A tiny Gemma 3 of 12 layers, 5 of 6 with ``window``; 0: none has one."""
+        from tests.tiny_models import write_tiny
+
+        path = self.folder / f"windowed-{window}" / "model"
+        kinds = {"sliding_window": window} if window else {"layer_types": ["full_attention"] * 12}
+        more: dict[str, Any] = {"max_position_embeddings": context, **kinds}
+        return path if path.exists() else write_tiny("gemma3_text", path, 12, tokenizer=True, **more)
+
     def tiny_words(self, layers: int) -> Path:
         """A tiny Llama with a tokenizer that names every token."""
         from tests.tiny_models import write_tiny, write_words
