@@ -108,11 +108,14 @@ class Presence:
         self._counted[counter] = total
 
     async def remember(self) -> None:
-        """Until cancelled: where the others are, for a restart; and how long the certificate is good for."""
+        """Until cancelled: where the others are, for a restart; and how long the certificate is good for.
+
+        The first of them at once: a founder that leaves or is killed soon has no token that says where its mesh is.
+        """
         known: tuple[tuple[NodeId, str], ...] = ()
         node = self._node
         while True:
-            await asyncio.sleep(REMEMBER_S)
+            await asyncio.sleep(REMEMBER_S if known else PUBLISH_S)
             membership = await asyncio.to_thread(node.folder.membership)
             if membership is not None:
                 node.telemetry.cert_expiry.set(membership.expires - time.time())

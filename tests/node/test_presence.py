@@ -21,7 +21,8 @@ async def test_a_disk_that_refuses_the_others_addresses_costs_no_life(monkeypatc
         loop.call_soon_threadsafe(written.set)
 
     loop = asyncio.get_running_loop()
-    monkeypatch.setattr(presence, "REMEMBER_S", 0.0)
+    monkeypatch.setattr(presence, "REMEMBER_S", 1e9)  # the first are written at once
+    monkeypatch.setattr(presence, "PUBLISH_S", 0.0)
     monkeypatch.setattr(presence, "remember_peers", remember)
     other = SimpleNamespace(node="a", address="h:1", state="alive")
     node: Any = SimpleNamespace(
