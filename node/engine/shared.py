@@ -66,8 +66,9 @@ class PageStore:
         if not target.begin(size * len(found), size * whole):
             return False
         for layer in range(start, end):
-            for index in range(target.base(layer) // size, len(found)):
-                target.write(layer, index * size, *found[index].place.read(layer, 0, size))
+            first = target.base(layer) // size
+            if parts := [page.place.read(layer, 0, size) for page in found[first:]]:
+                target.write(layer, first * size, *(torch.cat(part) for part in zip(*parts, strict=True)))
         return True
 
     def drop(self, pages: Sequence[int]) -> None:
