@@ -157,7 +157,8 @@ class Session:
         session._ends_at = now + found.left_s
         if not found.given:
             session._suspects[found.epoch[1]] = now + session.config.suspect_s
-        session._visited[me] = None  # its own journal, too, is freed in the end
+        # Whoever was on its route has something of it, and so has this node: in the end all of that is freed.
+        session._visited.update(dict.fromkeys((*session.parties, me)))
         cause = "owner moved" if found.given else "owner lost"
         session._incident = _Incident(cause, -1, found.detected_by, now)
         session._take(found.drawn)
@@ -713,6 +714,8 @@ class Session:
 
     def _end(self, event: Ended | Failed) -> list[Effect]:
         self.state = State.ENDED
+        if self.epoch[1] != self.me:  # what was adopted and not opened yet: a hop frees for the owner of an epoch alone
+            self.epoch = (self.epoch[0] + 1, self.me)
         return [*self._release_all(self._name_pages()), Emit(event)]
 
     def _release_all(self, chain: Chain = ()) -> list[Effect]:

@@ -293,7 +293,8 @@ class Peer:
         forgets: float = 0.0,
         keeps: Keeps | None = None,
     ) -> None:
-        """``nodes``: the whole mesh, of which witnesses are chosen; ``eager``: this node routes through itself."""
+        """``nodes``: the whole mesh, of which witnesses are chosen; ``eager``: this node routes through itself;
+        ``spans``: who holds what, as gossip tells all nodes at once where it changes."""
         self.me, self.rng, self.spans, self.nodes, self.eager = me, rng, spans, nodes, eager
         keeps = keeps or Keeps()
         self.stage = self.stage_type(
@@ -365,6 +366,11 @@ class Peer:
         for name, session in list(self.sessions.items()):
             effects += self._done(name, session.give_away(self.leavers), now)
         return effects
+
+    def cancel(self, name: str, now: float) -> list[Effect]:
+        """Its client asked for its end, wherever it runs."""
+        session = self.sessions.get(name)
+        return self._done(name, session.finish("cancelled", now), now) if session is not None else []
 
     def renew(self) -> list[Effect]:
         """The leases of all sessions that are owned here."""
@@ -467,6 +473,7 @@ class Peer:
         return self.sessions[name].follow(route, (0, 0), now, witness=witness)
 
     def _hops(self, ask: e.NeedRoute) -> tuple[Hop, ...] | None:
+        ask = e.NeedRoute(tuple(hop for hop in ask.keep if hop.node in self.spans), ask.exclude)
         hops: list[Hop] = []
         at = 0
         while at < LAYERS:

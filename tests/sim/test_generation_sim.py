@@ -312,6 +312,42 @@ def test_the_owner_dies_between_the_last_token_and_the_end() -> None:
     assert weather.lost == []
 
 
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+@pytest.mark.parametrize("owner", ["lives", "dies"])
+@pytest.mark.parametrize("after", [0.0, 0.02, 0.06, 0.3, 2.0])
+def test_who_is_cancelled_during_a_recovery_stays_so(layout: str, owner: str, after: float) -> None:
+    """While a hop is rebuilt, while no route is found, before and while others adopt: everything is freed, and nobody
+    adopts it later."""
+    spans = dict(LAYOUTS[layout])
+    world = make_world(11, spans=spans, step_s=0.05)
+    start(world, 1, max_tokens=60, stop=())
+    world.run(1.0)
+    used = [hop.node for hop in world.core("entry").sessions["s0"].route.hops]
+    lost = [name for name, span in spans.items() if span == spans[used[len(used) // 2]] and name != "entry"]
+    for name in [*lost, *(["entry"] if owner == "dies" else [])]:
+        world.apply(Fault(world.now, "crash", (name,)))
+        spans.pop(name, None)  # as gossip tells all
+    world.run(world.now + after)
+    rest = [name for name in world.nodes if world.nodes[name].up]
+
+    def owners() -> list[str]:
+        return [name for name in rest if world.core(name).sessions]
+
+    def held() -> bool:
+        return any(list(world.core(name).stage.journals) for name in rest)
+
+    assert world.run(world.now + 70.0, stop=lambda: bool(owners()) or not held()), "a service asks until it finds one"
+    for name in owners():
+        world.do(name, lambda core, now: core.cancel("s0", now))
+    adopted = []
+    ended = world.now
+    while world.now < ended + 100.0:
+        world.run(world.now + 0.5)
+        adopted += owners()
+    assert adopted == []
+    check_freed(world)
+
+
 # -- planned moves -----------------------------------------------------------------------------------------------------
 
 

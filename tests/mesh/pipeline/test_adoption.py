@@ -180,6 +180,22 @@ def test_a_complete_journal_ends_as_soon_as_it_is_held_twice() -> None:
     assert ("me", m.Release("s", (5, "me"))) in sent(effects, m.Release)
 
 
+@pytest.mark.parametrize("how", ["not opened yet", "claims again"])
+def test_an_end_before_it_was_opened_frees_all_that_knew_it(how: str) -> None:
+    """Cancelled, or at its deadline, while no route is found: a hop heeds the owner of an epoch alone, and who is not
+    told would adopt it in its turn."""
+    old = route("a", "b", "me")
+    owner = Session.adopt(Adopt("s", (4, "gone"), old, request(), (), 100.0, "reset"), "me", random.Random(1), 0.0)
+    owner.start(0.0)
+    newest = 4
+    if how == "claims again":
+        owner.follow(old, (0, 0), 0.0)
+        owner.receive(m.Ahead("s", (5, "me"), (7, "gone"), ()), "b", 0.1)
+        newest = 7
+    told = sent(owner.finish("cancelled", 0.2), m.Release)
+    assert told == [(node, m.Release("s", (newest + 1, "me"))) for node in ("a", "b", "me")]
+
+
 def test_the_longest_journal_wins() -> None:
     owner = adopter()
     effects = owner.hear(m.Ahead("s", (5, "me"), (4, "gone"), (20, 21, 22, 23)), "a")
