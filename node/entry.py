@@ -128,7 +128,7 @@ class Entry:
 
     def batch(self) -> list[Session]:
         """Sessions of class ``batch`` that run here, or have ended with a result that can still be read."""
-        ended = [kept for _, kept in self._ended.values() if kept is not None and not kept.moved]
+        ended = [kept for _, kept in self._ended.values() if kept is not None and not (kept.moved or kept.cancelled)]
         return [g.session for g in (*ended, *self.sessions()) if g.request.priority == "batch"]
 
     def get(self, session: m.SessionId) -> LiveGeneration | None:
@@ -137,10 +137,6 @@ class Entry:
             return self._sessions[session]
         ended = self._ended.get(session, (0.0, None))[1]
         return None if ended is None or ended.moved else ended
-
-    def find(self, session: m.SessionId) -> list[LiveGeneration]:
-        """``session`` and its further choices (``<session>-1`` ...), those that still run here."""
-        return [g for name, g in self._sessions.items() if name == session or name.startswith(f"{session}-")]
 
     def sessions(self) -> list[LiveGeneration]:
         return list(self._sessions.values())

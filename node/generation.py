@@ -37,6 +37,8 @@ class LiveGeneration:
         """Another node owns it now: the log here is as far as this one came ..."""
         self.heir: NodeId | None = None
         """... if it was given away, this one."""
+        self.cancelled = False
+        """Its client asked for its end."""
         self.answers = True
         """Has ended with something to read, if it has ended."""
         self._entry = entry
@@ -126,6 +128,12 @@ class LiveGeneration:
     def over(self) -> bool:
         return self.session.state is core.State.ENDED
 
+    def end_for_good(self) -> None:
+        """Its client asked for its end.  That is an answer like any other: whoever reads it, repeats the request under
+        its key, or finds it on a disk learns that it is over, where all would run again what nobody knows."""
+        self.cancelled = True
+        self.finish("cancelled")
+
     def finish(self, reason: str) -> None:
         self.step(self.session.finish(reason, self._entry.clock()))
 
@@ -200,7 +208,7 @@ class LiveGeneration:
         if isinstance(last, EndEvent) and last.reason != "cancelled" and not self._opened.done():
             self._opened.set_result(None)  # it was resubmitted with all that there is to draw
         # Under its key it can be asked for again: a refusal is no answer, and neither is half of one.
-        self.answers = self._opened.done() and last != EndEvent("cancelled")
+        self.answers = self._opened.done() and (self.cancelled or last != EndEvent("cancelled"))
         if not self._opened.done():
             cancelled = RequestError("the session was cancelled", code="cancelled", status=409)
             self._opened.set_exception(last if isinstance(last, MeshError) else cancelled)

@@ -50,6 +50,7 @@ from node.claims import Claims
 from node.config import NodeConfig
 from node.coordinator import LOCAL, Coordinator, Pace, decode_placement
 from node.durable import Durable
+from node.endings import Endings
 from node.entry import Entry
 from node.folder import DataFolder
 from node.generation import LiveGeneration
@@ -166,6 +167,7 @@ class Node:
         self.relay = Relay(
             self.me, self.entry, self.peers, lambda: self.view, lambda name: journals.get(name) is not None
         )
+        self.endings = Endings(self.me, self.entry, journals, self.peers, lambda: self.view)
         logs = SessionLogs(self.folder.subfolder("sessions"), self.folder.path / "sessions.key")
         self.durable = Durable(self.me, logs, self.entry, journals, self.relay, self.claims)
         self.weights = Weights(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import hmac
 import re
@@ -14,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from mesh.election.record import epoch_counter
-from mesh.errors import ConfigError, Leaving, MeshError, NoRoute, RequestError
-from mesh.types import ModelId, ModelInfo, NodeId
+from mesh.errors import ConfigError, Leaving, NoRoute, RequestError
+from mesh.types import ModelId, ModelInfo
 from mesh.view import MeshView
 from node.api.service import Caller, GenerationRequest, Scope
 from node.record import AddKey, AddToken, RemoveModel, RevokeKey, RevokeNode, RevokeToken, models_of
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
     from node.node import Node
 
 ADMIN = Caller("admin", frozenset({"infer", "rag", "admin"}))
-CANCEL_S = 2.0
 
 
 class NodeService:
@@ -40,7 +38,6 @@ class NodeService:
         self.name, self.version = node.config.name, version
         self._node = node
         self._tokenizers = Tokenizers()
-        node.peers.door.on_rpc("cancel", self._on_cancel)
 
     # -- models --------------------------------------------------------------------------------------------------------
 
@@ -102,31 +99,7 @@ class NodeService:
             )
 
     async def cancel(self, session: str, caller: Caller) -> bool:
-        """Here and at every member: its choices may have different owners."""
-        here = self._cancel_here(session, caller)
-        wish = msgspec.msgpack.encode((session, caller.id, "admin" in caller.scopes))
-        others = [member.id for member in self._node.view.live() if member.id != self._node.me]
-        found = await asyncio.gather(*(self._cancel_at(node, wish) for node in others))
-        return here or any(found)
-
-    async def _cancel_at(self, node: NodeId, wish: bytes) -> bool:
-        try:
-            return await self._node.peers.request(node, "cancel", wish, CANCEL_S) == b"1"
-        except MeshError:  # what it owns ends by itself when nobody reads it
-            return False
-
-    def _cancel_here(self, session: str, caller: Caller) -> bool:
-        """``session`` and its further choices, whichever of them still run."""
-        mine = self._node.entry.find(session)
-        mine = [g for g in mine if g.request.caller == caller.id or "admin" in caller.scopes]
-        for generation in mine:
-            generation.finish("cancelled")
-        return bool(mine)
-
-    async def _on_cancel(self, sender: NodeId, payload: bytes) -> bytes:
-        session, caller, admin = msgspec.msgpack.decode(payload, type=tuple[str, str, bool])
-        scopes: frozenset[Scope] = frozenset({"admin"}) if admin else frozenset()
-        return b"1" if self._cancel_here(session, Caller(caller, scopes)) else b"0"
+        return await self._node.endings.cancel(session, caller)
 
     def draw_seed(self, idempotency_key: str) -> int:
         if not idempotency_key:

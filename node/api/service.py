@@ -203,7 +203,7 @@ class Service(Protocol):
 
     async def cancel(self, session: str, caller: Caller) -> bool:
         """Cancel ``session`` and its further choices, wherever in the mesh it runs.  False: no such session of this
-        caller (whoever has scope ``admin`` may cancel any)."""
+        caller (whoever has scope ``admin`` may cancel any).  ``PeerUnreachable``: not all have said so yet."""
         ...
 
     def draw_seed(self, idempotency_key: str) -> int:

@@ -388,14 +388,6 @@ def test_each_failure_is_an_error_of_the_tree(code: Any, kind: type[MeshError]) 
 # -- finding, leases ---------------------------------------------------------------------------------------------------
 
 
-async def test_a_session_is_found_with_its_further_choices(world: World) -> None:
-    for name in ("s", "s-1", "s-2", "sx", "t-s"):
-        await world.open(request(name))
-    assert [g.session.id for g in world.entry.find("s")] == ["s", "s-1", "s-2"]
-    assert [g.session.id for g in world.entry.find("s-1")] == ["s-1"]
-    assert world.entry.find("none") == []
-
-
 async def test_leases_are_renewed_one_message_a_peer(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     one, two = await world.open(request("s1")), await world.open(request("s2"))
     turns: list[float] = []

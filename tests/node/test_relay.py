@@ -21,6 +21,7 @@ from mesh.pipeline import messages as m
 from mesh.types import NodeId
 from node import relay
 from node.api.service import EndEvent, TokenEvent
+from node.endings import Found
 from node.generation import LiveGeneration
 from node.peers import Peers
 from tests.mesh.views import member
@@ -94,7 +95,7 @@ class Wire:
         if node in self.silent:
             raise PeerUnreachable("busy")
         if node not in self._wires:
-            return msgspec.msgpack.encode(relay.UNKNOWN)  # a hop of the test
+            return msgspec.msgpack.encode({"owner": relay.UNKNOWN, "cancel": Found()}[verb])  # a hop of the test
         self._wires[node].asked[verb] += 1
         return bytes(await self._wires[node].door.verbs[verb](self.me, payload))
 
