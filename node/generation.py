@@ -113,6 +113,12 @@ class LiveGeneration:
         elif self._readers <= 0:
             self.orphan()
 
+    def refuse(self) -> None:
+        """One reader less, who is told that nothing was started: nor was it, unless others read it."""
+        self._readers -= 1
+        if self._readers <= 0:
+            self.finish("cancelled")
+
     def orphan(self) -> None:
         """Nobody reads: go on unattended, and end if nobody comes.  Class ``batch`` ends by itself."""
         self.acknowledge(self.session.accepted - 1)

@@ -17,6 +17,7 @@ from mesh.errors import ConfigError, Leaving, NoRoute, RequestError
 from mesh.types import ModelId, ModelInfo
 from mesh.view import MeshView
 from node.api.service import Caller, GenerationRequest, Scope
+from node.durable import NotKept
 from node.record import AddKey, AddToken, RemoveModel, RevokeKey, RevokeNode, RevokeToken, models_of
 from node.relay import Reading
 from node.security import token as tokens
@@ -69,6 +70,9 @@ class NodeService:
         generation = await self._node.entry.open(request)
         try:
             await durable.keep(request)
+        except NotKept:
+            generation.refuse()
+            raise
         except BaseException:
             await generation.cancel("disconnected")
             raise
