@@ -85,11 +85,14 @@ class Durable:
     def _read(self) -> list[Kept]:
         found = []
         for name in self._logs.names():
-            age_s, kept = self._logs.age_s(name), self._logs.read(name)
-            if kept is None or age_s > (RESULT_S if kept.ended else FORGET_S):
-                self._logs.remove(name)
-            else:
-                found.append(kept)
+            try:
+                age_s, kept = self._logs.age_s(name), self._logs.read(name)
+                if kept is None or age_s > (RESULT_S if kept.ended else FORGET_S):
+                    self._logs.remove(name)
+                else:
+                    found.append(kept)
+            except OSError as error:  # a bad sector costs one session, not the node
+                self._log.warning("a session on disk cannot be read", session=name, why=str(error))
         return found
 
     async def run(self, settled: Callable[[], bool]) -> None:
@@ -128,7 +131,8 @@ class Durable:
     def _states(self) -> Iterator[tuple[m.SessionId, _State]]:
         now = self._clock()
         for journal in self._journals:
-            if journal.request.priority == "batch" and len(self._written) < MAX_KEPT:
+            place_left = journal.session in self._written or len(self._written) < MAX_KEPT
+            if journal.request.priority == "batch" and place_left:
                 line = holders(journal.route, None)
                 place = 1 + (line.index(self.me) if self.me in line else len(line))
                 head = Head(journal.epoch, journal.request, place)
@@ -146,8 +150,11 @@ class Durable:
                 self._written.pop(session, None)
                 refusal = error
         for session in [name for name in self._written if name not in states]:
-            self._logs.remove(session)
-            del self._written[session]
+            try:
+                self._logs.remove(session)
+                del self._written[session]
+            except OSError as error:
+                refusal = error
         if refusal is not None:
             raise refusal
 
@@ -184,10 +191,8 @@ class Durable:
         except (MeshError, msgspec.DecodeError) as error:
             self._log.warning("a session on disk is of no use", session=kept.session, why=str(error))
             known = True
-        if known:
-            if kept.session not in self._written:
-                await asyncio.to_thread(self._logs.remove, kept.session)
-            return
-        self._log.info("going on", session=kept.session, tokens=len(kept.drawn))
-        self._written[kept.session] = (len(kept.drawn), kept.ended)
-        self._entry.restore(request, kept)
+        async with self._writing:  # a round that looked around before this would remove what goes on now
+            self._written.setdefault(kept.session, (len(kept.drawn), kept.ended))  # if it is over here, it goes
+            if not known:
+                self._log.info("going on", session=kept.session, tokens=len(kept.drawn))
+                self._entry.restore(request, kept)

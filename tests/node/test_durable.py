@@ -129,6 +129,20 @@ async def test_the_disk_of_a_node_is_bounded(tmp_path: Path, monkeypatch: pytest
         world.durable.check(asked("a2"))
 
 
+async def test_what_is_kept_already_stays_when_there_is_no_place_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(durable, "MAX_KEPT", 1)
+    world = World(tmp_path)
+    world.hold(asked("a1"), 5)
+    for _ in range(2):
+        await world.durable.write()
+        assert world.logs.names() == ["a1"]
+    world.hold(asked("a2"), 6)
+    await world.durable.write()
+    assert world.logs.names() == ["a1"]
+
+
 async def test_an_owner_goes_on_at_once(tmp_path: Path) -> None:
     before = World(tmp_path)
     before.own(asked("a1", key="k"), 5, 6)
@@ -162,6 +176,7 @@ async def test_what_somebody_else_runs_is_dropped(tmp_path: Path, how: str) -> N
     else:
         world.claims["k"] = "another session"
     await world.durable.go_on(0.0)
+    await world.durable.write()
     assert (world.restored, world.logs.names()) == ([], [])
 
 
@@ -250,3 +265,43 @@ async def test_what_not_all_have_denied_waits(tmp_path: Path) -> None:
     again.unsure = False
     await again.durable.go_on(1.0)
     assert [kept.drawn for kept in again.restored] == [(5,)]
+
+
+async def test_a_disk_that_lets_nothing_go_ends_no_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It became read-only: what is over stays until it can be removed."""
+    world = World(tmp_path)
+    for name in ("a1", "a2"):
+        world.own(asked(name), 5)
+    await world.durable.write()
+    again = await restarted(tmp_path)
+    again.owners = {"a1": "other", "a2": "other"}
+
+    def refuse(*_: Any) -> None:
+        raise OSError(30, "Read-only file system")
+
+    with monkeypatch.context() as stuck:
+        stuck.setattr(SessionLogs, "remove", refuse)
+        await again.durable.go_on(0.0)
+        await again.durable.write()
+    assert (again.restored, again.logs.names()) == ([], ["a1", "a2"])
+    await again.durable.write()
+    assert again.logs.names() == []
+
+
+async def test_a_file_that_cannot_be_read_costs_its_session_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, read = World(tmp_path), SessionLogs.read
+    for name in ("a1", "a2"):
+        before.own(asked(name), 5)
+    await before.durable.write()
+
+    def fail(logs: SessionLogs, session: str) -> Any:
+        if session == "a1":
+            raise OSError(5, "Input/output error")
+        return read(logs, session)
+
+    monkeypatch.setattr(SessionLogs, "read", fail)
+    world = await restarted(tmp_path)
+    await world.durable.go_on(0.0)
+    assert [kept.session for kept in world.restored] == ["a2"]
