@@ -246,6 +246,8 @@ class Reading:
         self._cached = 0
         """As the last of them said."""
         self._tokens = 0
+        self._scored = 1
+        """The first position of the prompt whose log-probability has not come yet."""
         self._unsure = 0
         """Looks in a row in which not all nodes answered and nobody owned it."""
 
@@ -283,6 +285,9 @@ class Reading:
         while True:
             source = self._local.events(self._tokens) if self._local is not None else self._remote()
             async for event in source:
+                if isinstance(event, PromptEvent):  # until the first token each source gives all of them again
+                    event = event.from_on(self._scored)
+                    self._scored += len(event.logprobs)
                 self._tokens += isinstance(event, TokenEvent)
                 yield event
                 if isinstance(event, EndEvent):

@@ -101,6 +101,11 @@ class PromptEvent(msgspec.Struct, frozen=True):
     tops: tuple[Top, ...] = ()
     """As long as ``logprobs``, or empty where no alternatives were asked for."""
 
+    def from_on(self, position: int) -> PromptEvent:
+        """Those from ``position`` on."""
+        known = max(0, position - self.start)
+        return PromptEvent(self.start + known, self.logprobs[known:], self.tops[known:])
+
 
 class TokenEvent(msgspec.Struct, frozen=True):
     """A token as drawn, each position once and in order, held by a second node already."""

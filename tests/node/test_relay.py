@@ -20,7 +20,7 @@ from mesh.pipeline import events as core
 from mesh.pipeline import messages as m
 from mesh.types import NodeId
 from node import relay
-from node.api.service import EndEvent, TokenEvent
+from node.api.service import EndEvent, PromptEvent, TokenEvent
 from node.endings import Found
 from node.generation import LiveGeneration
 from node.peers import Peers
@@ -289,3 +289,29 @@ async def test_an_owner_that_goes_while_it_is_asked_is_looked_for_again(
         reading = await two.reader.attach("s", 0.0)
     assert reading is not None
     assert not gone
+
+
+async def test_log_probabilities_of_the_prompt_come_once_whatever_breaks_off(
+    two: Two, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reader without a token is given the log from its beginning again, by this owner or the next."""
+    generation = await two.world.open(request(prompt_logprobs=0))
+    reading = await two.read(generation)
+    two.world.scores(generation, 1, 3)
+    first, events = await take(reading, 1)
+    broken, read = [PeerUnreachable("reset")], two.wires[1].get
+
+    def reset_once(*asked: Any, **how: Any) -> Any:
+        if broken:
+            raise broken.pop()
+        return read(*asked, **how)
+
+    monkeypatch.setattr(two.wires[1], "get", reset_once)
+    for response in list(two.reader._open):
+        response.close()
+    two.world.scores(generation, 4, 2)
+    two.world.draw(generation, 20, STOP)
+    scored = [event for event in [*first, *await rest(events)] if isinstance(event, PromptEvent)]
+    assert [(event.start + at, value) for event in scored for at, value in enumerate(event.logprobs)] == [
+        (position, float(-position)) for position in range(1, 6)
+    ]
