@@ -73,10 +73,11 @@ class Entry:
         """Open the session at every hop.  CapacityError, NoRoute: certainly nothing was started."""
         if request.session in self._sessions:
             return await self._join(self._sessions[request.session])
-        drawn, request = request.resume, msgspec.structs.replace(request, resume=())
+        drawn, resubmitted = request.resume, request.rerun or bool(request.resume)
+        request = msgspec.structs.replace(request, resume=(), rerun=False)
         journal, now = _journal(request), self.clock()
         _check_size(journal)
-        if drawn:
+        if resubmitted:
             known = (request.session, self.me, journal, drawn, 0, request.timeout_s)
             session = Session.restore(*known, self._rng, now, cause="resubmitted", kept_by="client")
         else:

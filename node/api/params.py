@@ -18,6 +18,8 @@ MAX_LOGPROBS = 20
 MAX_BIASES = 1_024
 MAX_TIMEOUT_S = 86_400.0
 MAX_RETRIES = 100
+MAX_LAYERS = 100_000
+"""A limit that is above a model's layers limits nothing; one beyond 64 bits could not be passed on."""
 RESUME = "mesh.resume_tokens"
 BALANCES = ("round_robin", "least_connections", "weighted", "memory", "latency", "prefix_affinity")
 
@@ -43,6 +45,7 @@ class MeshExtras(msgspec.Struct, frozen=True):
     balance: str = ""
     allowed_nodes: tuple[str, ...] = ()
     max_layers: int = 0
+    """0: not limited, which a request says by leaving it out."""
     return_tokens: bool = False
 
 
@@ -218,11 +221,13 @@ def mesh_extras(options: MeshOptions | None, headers_priority: Priority = "norma
         raise RequestError(
             "mesh.allowed_nodes: names of 1 to 1000 nodes", param="mesh.allowed_nodes", code="out_of_range"
         )
-    limit = options.max_layers or 0
-    if limit < 0:
-        raise RequestError("mesh.max_layers must be at least 1", param="mesh.max_layers", code="out_of_range")
+    limit = options.max_layers
+    if limit is not None and not 1 <= limit <= MAX_LAYERS:
+        raise RequestError(
+            f"mesh.max_layers must be from 1 to {MAX_LAYERS}", param="mesh.max_layers", code="out_of_range"
+        )
     priority, tokens = options.priority or headers_priority, bool(options.return_tokens)
-    return MeshExtras(priority, timeout, retries, options.balance or "", nodes, limit, tokens)
+    return MeshExtras(priority, timeout, retries, options.balance or "", nodes, limit or 0, tokens)
 
 
 def chat_logprobs(logprobs: bool | None, top_logprobs: int | None) -> int:

@@ -80,6 +80,9 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     resume: tuple[int, ...] = ()
     """Drawn before this session, by one that is lost: begin after them.  Opening only; the journal has them among
     its tokens."""
+    rerun: bool = False
+    """Its client has some of it from a session that is lost: all is drawn again, and it counts as one that has begun.
+    Opening only."""
     tool_mode: str = "none"
     tool_names: tuple[str, ...] = ()
     follows: bool = False

@@ -46,6 +46,7 @@ async def answer(request: web.Request, call: Call) -> web.StreamResponse:
     if not first.idempotency_key:
         return await respond(request, call, cursor=cursor)
     session = await api.service.claim(first)
+    call = _rerun(call) if has else call
     if session == first.session:
         return await respond(request, call, cursor=cursor)
     context.session = session
@@ -56,6 +57,15 @@ async def answer(request: web.Request, call: Call) -> web.StreamResponse:
         await _release(attached)
         raise
     return await respond(request, call, attached, cursor)
+
+
+def _rerun(call: Call) -> Call:
+    """``call`` for a client that has some of it: whatever of it runs no more is run again whole."""
+    choices = (
+        msgspec.structs.replace(each, request=msgspec.structs.replace(each.request, rerun=True))
+        for each in call.choices
+    )
+    return msgspec.structs.replace(call, choices=tuple(choices))
 
 
 async def _attach_known(api: Api, context: Context, call: Call, session: str, attached: dict[int, Generation]) -> Call:

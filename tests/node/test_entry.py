@@ -506,6 +506,16 @@ async def test_a_resubmitted_session_begins_after_the_tokens_it_brings(world: Wo
     assert [(r.cause, r.hop, r.detected_by) for r in generation.recoveries] == [("resubmitted", "owner", "client")]
 
 
+async def test_one_that_is_run_again_whole_is_told_as_a_recovery_too(world: World) -> None:
+    """Of several choices, say, whose tokens a client does not have one by one."""
+    generation = await world.open(request(rerun=True))
+    world.draw(generation, 30, STOP)
+    assert [event.token for event in (await rest(generation))[:-1]] == [30, STOP]
+    assert [(r.cause, r.detected_by) for r in generation.recoveries] == [("resubmitted", "client")]
+    kept = msgspec.msgpack.decode(generation.session.request.form, type=GenerationRequest)
+    assert kept == request(), "who adopts it goes on, and runs nothing again"
+
+
 async def test_a_resubmitted_session_that_lacks_nothing_ends_at_once(world: World) -> None:
     for name, drawn, reason in (("s", (30, STOP), "stop"), ("t", (30, 31, 32, 33), "length")):
         generation = await world.open(request(name, resume=drawn))
@@ -514,9 +524,10 @@ async def test_a_resubmitted_session_that_lacks_nothing_ends_at_once(world: Worl
         assert events[-1] == EndEvent(reason)
 
 
-async def test_a_resubmitted_session_waits_for_layers_that_nobody_holds_yet(world: World) -> None:
+@pytest.mark.parametrize("how", [{"resume": (30,)}, {"rerun": True}])
+async def test_a_resubmitted_session_waits_for_layers_that_nobody_holds_yet(world: World, how: Any) -> None:
     whole, world.seen = world.seen, view(member("a", (0, 4)))
-    opening = asyncio.create_task(world.entry.open(request(resume=(30,))))
+    opening = asyncio.create_task(world.entry.open(request(**how)))
     await asyncio.sleep(0)
     (waiting_one,) = world.entry.sessions()
     assert not opening.done()

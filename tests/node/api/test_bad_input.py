@@ -32,6 +32,7 @@ JSON = {"Content-Type": "application/json"}
         ("stop_token_ids", [5000]), ("stop_token_ids", [-1]), ("stop_token_ids", 5), ("min_tokens", -1),
         ("mesh.timeout", 0), ("mesh.timeout", -1), ("mesh.timeout", 1e9), ("mesh.max_retries", -1),
         ("mesh.balance", "luck"), ("mesh.class", "vip"), ("mesh.allowed_nodes", [""]), ("mesh.allowed_nodes", []),
+        ("mesh.max_layers", 0), ("mesh.max_layers", -1), ("mesh.max_layers", 2**70), ("mesh.max_layers", "all"),
         ("mesh", 5), ("messages", []),
         ("messages", "hi"), ("messages", None), ("messages", [1]), ("messages[0].role", "wizard"),
         ("messages[0].content", None), ("messages[0].content", 5), ("messages[0].content", [{"type": "image_url"}]),

@@ -107,3 +107,23 @@ async def test_what_was_lost_before_a_repeat_is_run_under_the_old_name(http: Htt
     _, second, _ = await http.post("/v1/chat/completions", chat_body(), **KEY)
     assert [g.request.session for g in http.service.opened] == [session, session]
     assert second["choices"] == first["choices"]
+
+
+async def test_several_choices_that_are_lost_are_run_again_for_who_has_some_of_them(http: Http) -> None:
+    """Which is told as a recovery, and not refused for want of room; a first request is neither."""
+    body = chat_body(n=2, stream=True)
+    async with http.session.post("/v1/chat/completions", json=body, headers=KEY) as answer:
+        events = parse_sse(await answer.text())
+    assert [each.request.rerun for each in http.service.opened] == [False, False]
+    http.service.mesh.clear()
+    http.service.opened.clear()
+    last = {"Last-Event-ID": f"{events[2][0]},{events[3][0]}"}
+    for lost in ("sessions", "claims too"):
+        if lost == "claims too":
+            http.service.claims.clear()
+            http.service.mesh.clear()
+        async with http.session.post("/v1/chat/completions", json=body, headers={**KEY, **last}) as answer:
+            assert answer.status == 200, await answer.text()
+            await answer.read()
+        assert [each.request.rerun for each in http.service.opened] == [True, True], lost
+        http.service.opened.clear()
