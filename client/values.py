@@ -156,7 +156,10 @@ def _choice(pieces: list[Piece]) -> Choice:
     logprobs: dict[str, Any] = {}
     for piece in pieces:
         for name, values in (piece.logprobs or {}).items():
-            logprobs.setdefault(name, []).extend(values or [])
+            if values is None or logprobs.get(name) is None:
+                logprobs[name] = logprobs.get(name) if values is None else list(values)
+            else:
+                logprobs[name].extend(values)
     finish = next((piece.finish_reason for piece in reversed(pieces) if piece.finish_reason), None)
     calls = joined_calls(call for piece in pieces for call in piece.tool_calls)
     return Choice("".join(piece.text for piece in pieces), finish, logprobs or None, calls)

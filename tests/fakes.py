@@ -134,7 +134,7 @@ class FakeGeneration:
             if self.drawn < len(request.resume):
                 position, token = len(request.prompt) + self.drawn, request.resume[self.drawn]
                 self.drawn += 1
-                yield TokenEvent(position, token)
+                yield TokenEvent(position, token, None)
                 continue
             await self._turn()
             if self.cancelled:
@@ -143,7 +143,10 @@ class FakeGeneration:
             token = self._script[self.drawn % len(self._script)]
             position = len(request.prompt) + self.drawn
             self.drawn += 1
-            yield TokenEvent(position, token, logprob_of(position, token), tops(position, token, sampling.logprobs))
+            if self.drawn <= self._service.forgotten:
+                yield TokenEvent(position, token, None)
+            else:
+                yield TokenEvent(position, token, logprob_of(position, token), tops(position, token, sampling.logprobs))
             if token in sampling.stop_token_ids and self.drawn >= sampling.min_tokens:
                 yield EndEvent("stop")
                 return
@@ -219,6 +222,8 @@ class FakeService:
         self.hold_after: int | None = None
         """Tokens past this many wait for ``gate``."""
         self.gate = asyncio.Event()
+        self.forgotten = 0
+        """So many tokens of each session lost their log-probabilities with an owner."""
         self.recoveries: tuple[Recovery, ...] = ()
         self.grammar = True
         self.is_ready: tuple[bool, str] = (True, "")

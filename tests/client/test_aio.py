@@ -75,6 +75,25 @@ async def test_a_completion_and_choices(two: Two) -> None:
     assert answer.choices[0].logprobs["token_logprobs"][0] is None
 
 
+async def test_log_probabilities_that_were_lost_are_none(two: Two) -> None:
+    """They went with a node; the tokens did not."""
+    two[0].service.forgotten = 2
+    async with client(two[0], learn=False) as mesh:
+        chat = (await mesh.chat(HI, logprobs=True, top_logprobs=1)).choices[0].logprobs
+        completion = (await mesh.complete("Once", logprobs=1)).choices[0].logprobs
+        pieces = [piece async for piece in mesh.chat(HI, stream=True, logprobs=True)]
+    assert chat is not None
+    assert completion is not None
+    streamed = [entry for piece in pieces for entry in (piece.logprobs or {}).get("content", [])]
+    for values in ([entry["logprob"] for entry in chat["content"]], completion["token_logprobs"],
+                   [entry["logprob"] for entry in streamed]):  # fmt: skip
+        assert values[:2] == [None, None]
+        assert all(value < 0 for value in values[2:])
+    assert [entry["top_logprobs"] for entry in chat["content"][:2]] == [[], []]
+    assert completion["top_logprobs"][:2] == [None, None]
+    assert chat["refusal"] is None
+
+
 async def test_tool_calls(two: Two) -> None:
     text = '<tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>'
     two[0].service.script = lambda request: [*make_tokenizer().encode(text, special=False), 1]
