@@ -112,4 +112,4 @@ def test_a_span_takes_its_bytes_and_never_a_second_copy(quantize: str, tmp_path:
     file = sum(path.stat().st_size for path in folders[1].glob("*.safetensors"))
     assert weights > (0.2 if quantize else 0.9) * file > 20e6
     assert resident < 1.15 * weights + 8e6
-    assert peak < weights + 10 * PIECES, "more than a few pieces at once beside what is held"
+    assert peak < weights + 14 * PIECES < file + weights, "more than a few pieces at once beside what is held"
