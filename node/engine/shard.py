@@ -78,7 +78,8 @@ class Slot(nn.Module):
             out = self.layer(*args, **kwargs)
         if isinstance(out, tuple) != flow.tuples:
             raise LayersReturnTuples(isinstance(out, tuple))
-        flow.beside = out[1] if isinstance(out, tuple) and isinstance(out[1], torch.Tensor) else None
+        more = out[1] if isinstance(out, tuple) and len(out) > 1 else None
+        flow.beside = more if isinstance(more, torch.Tensor) else None
         if self.index == flow.end - 1:
             flow.out = out[0] if flow.tuples else out
         return out

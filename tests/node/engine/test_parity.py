@@ -13,7 +13,7 @@ PACKED = (
     *("llama", "qwen3", "gemma2", "gemma3_text", "gpt2", "mixtral", "phi3", "gpt_oss", "qwen3_moe"),
     *("mistral", "olmo2", "gpt_neox"),
 )
-COMPAT = ("bloom", "falcon")
+COMPAT = ("bloom", "falcon", "trocr")
 
 
 @pytest.mark.parametrize("cuts", [(0, 4), (0, 2, 4), (0, 1, 3, 4)], ids=["1 stage", "2 stages", "3 stages"])
