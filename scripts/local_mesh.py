@@ -1,6 +1,6 @@
 """A mesh of real processes on this machine: start, ask, kill, stop.  For launch_local, demo, benchmarks and live tests.
 
-Standard library only; what a node is asked goes over its public API, as anyone would ask it.
+What a node is asked goes over its public API, as anyone would ask it.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from collections.abc import Callable, Iterator, Sequence
 from email.message import Message
 from pathlib import Path
 from typing import Any
+
+from mesh.capacity import DTYPE_BYTES
 
 ROOT = Path(__file__).resolve().parent.parent
 STOP_S = 20.0
@@ -300,9 +302,14 @@ def stream(api: str, path: str, body: dict[str, Any], timeout: float = 120.0) ->
                 yield chunk
 
 
-def split_weights(model: Path, share: float = 0.75) -> int:
-    """Bytes of weight memory at which no node can hold all of ``model`` (as float32), so that it must be split."""
+def split_weights(model: Path, share: float = 0.75, device: str = "cpu") -> int:
+    """Bytes of weight memory at which no node can hold all of ``model``, so that it must be split.
+
+    In the dtype that a founder with ``device`` offers it in: half the bytes where the processor multiplies bfloat16.
+    """
+    from node.engine.probe import serving_dtype
+
     config = json.loads((model / "config.json").read_text())
-    half = config.get("dtype", config.get("torch_dtype")) in ("bfloat16", "float16")
+    stored = DTYPE_BYTES.get(config.get("dtype", config.get("torch_dtype")), 4)
     files = sum(file.stat().st_size for file in model.glob("*.safetensors"))
-    return int(files * (2 if half else 1) * share)
+    return int(files / stored * DTYPE_BYTES[serving_dtype("auto", device)] * share)

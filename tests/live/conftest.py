@@ -10,6 +10,8 @@ import pytest
 from scripts.local_mesh import LocalMesh
 from tests.tiny_models import write_tiny, write_words
 
+FLOAT32 = ("--dtype", "float32")
+"""Said by whoever counts bytes or compares tokens with others': left alone, it would depend on the processor."""
 FAMILIES = ("llama", "qwen3", "gemma3_text", "gpt2", "mixtral")
 LAYERS = 8
 
@@ -33,7 +35,7 @@ def weight_bytes(models: dict[str, Path]) -> int:
 def launch(nodes: int, models: dict[str, Path], share: float, *flags: str) -> LocalMesh:
     """A mesh of which each node has weight memory for ``share`` of all the models."""
     room = str(int(weight_bytes(models) * share))
-    common = ["--weight-memory", room, "--memory", "512MiB", *flags]
+    common = ["--weight-memory", room, "--memory", "512MiB", *FLOAT32, *flags]
     return LocalMesh(nodes, [str(folder) for folder in models.values()], flags=common)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from scripts.local_mesh import LocalMesh, LocalNode
-from tests.live.conftest import tokens_of, weight_bytes
+from tests.live.conftest import FLOAT32, tokens_of, weight_bytes
 
 pytestmark = pytest.mark.live
 
@@ -31,7 +31,7 @@ STRIKE_AT = 10
 def mesh(models: dict[str, Path]) -> Iterator[LocalMesh]:
     """Two nodes that only together hold the model, a witness for the majority, and a fourth that has not come yet."""
     one = {"llama": models["llama"]}
-    flags = ["--weight-memory", str(int(weight_bytes(one) * 0.62)), "--memory", "512MiB"]
+    flags = ["--weight-memory", str(int(weight_bytes(one) * 0.62)), "--memory", "512MiB", *FLOAT32]
     mesh = LocalMesh(4, [str(models["llama"])], flags=flags, patience_s=300.0)
     mesh.nodes[2].flags = [*mesh.nodes[2].flags, "--role", "witness"]
     spare = mesh.nodes.pop()

@@ -13,7 +13,7 @@ import pytest
 
 from client import MeshClient
 from scripts.local_mesh import LocalMesh, LocalNode, covers, http_json
-from tests.live.conftest import LAYERS, tokens_of, weight_bytes
+from tests.live.conftest import FLOAT32, LAYERS, tokens_of, weight_bytes
 
 pytestmark = pytest.mark.live
 
@@ -30,7 +30,7 @@ ROOM = 3 * 256 * 4 * POSITION_BYTES
 def scarce(models: dict[str, Path]) -> Iterator[LocalMesh]:
     llama = {"llama": models["llama"]}
     weights = int(weight_bytes(llama) * 0.75)
-    flags = ["--weight-memory", str(weights), "--memory", str(weights + ROOM), "--dtype", "float32"]
+    flags = ["--weight-memory", str(weights), "--memory", str(weights + ROOM), *FLOAT32]
     with LocalMesh(4, [str(models["llama"])], flags=flags) as mesh:
         mesh.wait_holders(2)
         yield mesh
