@@ -55,11 +55,11 @@ def signed(sin: torch.Tensor) -> torch.Tensor:
 class Batch(Packed):
     """The attention of one packed forward over ``rows``, which are in ``packed_order``."""
 
-    def __init__(self, rows: Sequence[Rows], device: torch.device, multiple: int = 1) -> None:
-        """The last row is repeated to a multiple of ``multiple``."""
+    def __init__(self, rows: Sequence[Rows], device: torch.device, padded: int = 0) -> None:
+        """``padded``: rows of the forward, if more; the last one is repeated."""
         count = sum(r.n for r in rows)
         positions = [p for r in rows for p in range(r.start, r.start + r.n)]
-        positions += positions[-1:] * (-count % multiple)
+        positions += positions[-1:] * (padded - count)
         self._device = device
         super().__init__(count, len(positions), self._numbers(positions))
         self.reach = max(positions) + 1

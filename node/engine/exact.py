@@ -19,7 +19,7 @@ from node.engine.cells import Rows
 from node.engine.kv_cache import KvCache
 from node.engine.shard import Shard
 
-LENGTHS = (134, 37, 9, 6)
+LENGTHS = (142, 37, 9, 6)
 """Positions of the test's sequences: past a page, past a tile's four, and a few."""
 RULES = (1, 4, 8)
 """Forwards are filled up to a multiple of these many rows (and of what packed products ask for); the cheapest first.
@@ -100,10 +100,10 @@ def _paged() -> tuple[list[Step], ...]:
 
 
 def _mixed() -> list[Step]:
-    """Chunks of many sizes beside single rows, then single rows of all sequences together."""
+    """Chunks of many sizes beside single rows, then single rows of all sequences together, of two, and of one alone."""
     chunks: list[Step] = [[(0, 61), (1, 5)], [(0, 7), (1, 23), (2, 1)], [(0, 60), (2, 2), (3, 1)]]
     singles: list[Step] = [[(i, 1) for i in range(4)] for _ in range(5)]
-    return [*chunks, *singles, [(0, 1), (1, 1)], [(1, 1), (2, 1)], [(1, 2)]]
+    return [*chunks, *singles, [(0, 1), (1, 1)], [(1, 1), (2, 1)], [(1, 2)], *[[(0, 1)]] * 8]
 
 
 def _play(shard: Shard, layer: int, given: list[torch.Tensor], steps: Sequence[Step]) -> Outputs:

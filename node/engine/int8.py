@@ -38,7 +38,7 @@ def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 class Int8:
     """A product with a weight [out, in] in 8 bits; rows and results in float32 or bfloat16."""
 
-    rows = 1
+    rows = least = 1
     """Rows have the same bits in any number."""
 
     def __init__(self, weight: torch.Tensor) -> None:

@@ -59,12 +59,16 @@ def _mentioned(module: nn.Module) -> set[str]:
 class RmsNorm:
     """Root mean square norm over the last dimension, in few and cheap calls.
 
-    x / sqrt(mean(x^2) + eps) = x * sqrt(n) / hypot(|x|, sqrt(n * eps)); the root of n is multiplied into the weight.
-    Each row's length is summed by itself, so that it has the same bits in any number of rows.
+    In float32: x / sqrt(mean(x^2) + eps) = x * sqrt(n) / hypot(|x|, sqrt(n * eps)); the root of n is multiplied into the
+    weight.  Each row's length is summed by itself, so that it has the same bits in any number of rows.
+
+    In half precision it is the models' own computation, in float32 and rounded where they round: before the weight or
+    behind it.  Then all bits are theirs.
     """
 
-    def __init__(self, weight: torch.Tensor, eps: float) -> None:
-        self.weight, self.eps = weight, eps
+    def __init__(self, weight: torch.Tensor, eps: float, twice: bool = False) -> None:
+        """``weight``: in float32, or, to round ``twice``, in the dtype of what is given."""
+        self.weight, self.eps, self.twice = weight, eps, twice
         self.shape = tuple(weight.shape)
         self._scaled = weight * self.shape[0] ** 0.5
         self._least = torch.tensor((eps * self.shape[0]) ** 0.5).to(weight.device)
@@ -79,18 +83,25 @@ class RmsNorm:
             return None
         x = torch.linspace(-3, 5, 2 * weight.shape[0], dtype=weight.dtype, device=weight.device).view(2, -1)
         x[1] *= eps**0.5  # where eps matters
-        expected = module(x).float()
-        for form in (weight.detach(), 1.0 + weight.detach()):
-            found = RmsNorm(form, eps)
-            if torch.allclose(found(x).float(), expected, rtol=8 * torch.finfo(x.dtype).eps, atol=0.0):
+        expected, wide = module(x), weight.detach().float()
+        half = x.dtype != torch.float32
+        for found in (
+            *([RmsNorm(weight.detach(), eps, twice=True)] if half else []),
+            RmsNorm(wide, eps),
+            RmsNorm(1.0 + wide, eps),
+        ):
+            given = found(x)
+            if torch.equal(given, expected) if half else torch.allclose(given, expected, rtol=1e-6, atol=0.0):
                 return found
         return None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if x.dtype != torch.float32:
-            return torch.rms_norm(x, self.shape, self.weight, self.eps)
-        length = torch.linalg.vector_norm(x, 2, -1, True).hypot_(self._least)
-        return torch.div(x, length).mul_(self._scaled)
+        if x.dtype == torch.float32:
+            length = torch.linalg.vector_norm(x, 2, -1, True).hypot_(self._least)
+            return torch.div(x, length).mul_(self._scaled)
+        wide = x.float()
+        wide.mul_(wide.square().mean(-1, True).add_(self.eps).rsqrt_())
+        return wide.to(x.dtype).mul_(self.weight) if self.twice else wide.mul_(self.weight).to(x.dtype)
 
 
 class LeanLayer:

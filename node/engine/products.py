@@ -5,7 +5,7 @@ Three forms of a weight, chosen by what it holds and by this machine (measured o
 * ``Half``: FBGEMM's, 16-bit numbers multiplied and summed in float32.  For weights that half precision holds, which
   those of a bfloat16 or float16 checkpoint are.  Half the memory traffic; rows have the same bits in whole threes, with
   AVX-512 in any number.
-* ``Float``: oneDNN's, for all others.  Rows have the same bits in any number.
+* ``Float``: oneDNN's, for all others.  Rows have the same bits in any number, with AVX-512 in any from two.
 * ``Plain``: MKL's, for small models, where a call of the others costs more than the product.
 
 * ``Int8`` (``node/engine/int8.py``): 8 bits, where the model is served quantized.
@@ -54,7 +54,7 @@ def can_halve(dtype: torch.dtype, device: torch.device) -> bool:
 class Plain:
     """Any weight [out, in] as it is."""
 
-    rows = 1
+    rows = least = 1
 
     def __init__(self, weight: torch.Tensor) -> None:
         self._weight = weight
@@ -73,18 +73,40 @@ class Float:
     rows = 1
 
     def __init__(self, weight: torch.Tensor) -> None:
+        self.least = least_rows()
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), ROWS_HINT)
         self.nbytes, self.shape = weight.nbytes, weight.shape
 
     def __call__(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        count = x.numel() // x.shape[-1]
+        if count < self.least:
+            filled = x.new_zeros(self.least, x.shape[-1])
+            filled[:count] = x.reshape(count, x.shape[-1])
+            return self(filled, bias)[:count].view(*x.shape[:-1], self.shape[0])
         return torch.ops.mkldnn._linear_pointwise.default(x, self._packed, bias, "none", [], "")
 
     def dense(self) -> torch.Tensor:
         return self._packed.to_dense()
 
 
+@functools.cache
+def least_rows() -> int:
+    """Rows that ``Float`` wants at least, on this machine, for a row to have the same bits in any company.
+
+    With AVX-512 oneDNN sums the products of a single row in another order where the inner size is past 1,024, and takes
+    longer over it than over four (docs/decisions/0105).
+    """
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(rows, 8192, generator=generator) for rows in (4, 256))
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS_HINT)
+    alone, whole = (torch.ops.mkldnn._linear_pointwise(rows, packed, None, "none", [], "") for rows in (x[:1], x))
+    return 1 if torch.equal(alone, whole[:1]) else len(x)
+
+
 class Half:
     """A float32 weight [out, in] held in half precision; float32 in, float32 sums, float32 out."""
+
+    least = 1
 
     def __init__(self, weight: torch.Tensor) -> None:
         self.rows = half_rows()

@@ -41,8 +41,8 @@ class _Flow:
         """Layers return tuples; learned at load."""
         self.beside: torch.Tensor | None = None
         """What the last layer returned beside its hidden states."""
-        self.packed = False
-        """This forward is a packed one: layers with a lean form use it."""
+        self.lean = False
+        """In this forward layers with a lean form use it."""
         self.passed: list[dict[str, Any]] | None = None
         """What layers that are skipped were given by keyword, the hidden states as ``hidden_states``; if wanted."""
 
@@ -71,7 +71,7 @@ class Slot(nn.Module):
                 args = (flow.given, *args[1:])
             else:
                 kwargs["hidden_states"] = flow.given
-        if self.lean is not None and flow.packed:
+        if self.lean is not None and flow.lean:
             out = self.lean(*args, **kwargs)
             out = (out, None) if flow.tuples else out
         else:
@@ -125,6 +125,8 @@ class Shard:
         self.hidden_size: int = self.config.get_text_config(decoder=True).hidden_size
         self.masked = True
         """The compat mode passes a mask of ones; found by the self-check."""
+        self.lean = True
+        """Packed forwards use the lean forms that there are."""
         self.multiple = 1
         """Rows of a forward are filled up to a multiple of this: the exact mode's rule for this model."""
         self.bucketed = False
@@ -145,6 +147,8 @@ class Shard:
         if device.type != "cpu":
             model.to(device)
         self._pack(part)
+        self.least = max((product.least for product in products.products_below(model)), default=1)
+        """Rows of a forward at least: what few of them would be filled up to in each product."""
         if device.type == "cpu":  # what was moved is a copy already
             _leave_files(model)
         for index in part.layers:
@@ -213,6 +217,7 @@ class Shard:
         self.part = self.part.union(other.part)
         self.direct = self.direct.joined(other.direct) if self.direct and other.direct else None
         self.multiple = math.lcm(self.multiple, other.multiple)
+        self.least = max(self.least, other.least)
         self.bucketed = self.bucketed or other.bucketed
         self.windows.update(other.windows)
         self.weight_bytes = self._weigh()
@@ -271,14 +276,17 @@ class Shard:
 
     def batch(self, rows: Sequence[Rows]) -> Packed:
         """One forward over ``rows``, which are in ``order``."""
+        padded = self.filled(sum(r.n for r in rows))
         if not self.paged:
-            return Batch(rows, self.device, self.multiple)
-        return PagedBatch.of(rows[0].place.pool, rows, self.device, self.filled(sum(r.n for r in rows)))
+            return Batch(rows, self.device, padded)
+        return PagedBatch.of(rows[0].place.pool, rows, self.device, padded)
 
     def filled(self, count: int) -> int:
-        """Rows of a forward of ``count``, on pages."""
-        count = rounded(count) if self.bucketed else count
-        return -(-count // self.multiple) * self.multiple
+        """Rows of a forward of ``count``."""
+        return self._whole(rounded(count) if self.bucketed else count)
+
+    def _whole(self, count: int) -> int:
+        return -(-max(count, self.least) // self.multiple) * self.multiple
 
     # -- forward -------------------------------------------------------------------------------------------------------
 
@@ -300,8 +308,8 @@ class Shard:
         if extra:
             given = torch.cat([given, given[-1:].expand(extra, *given.shape[1:])])
         wanted = 0 if rows is None else len(rows)
-        if rows is not None and wanted % self.multiple:
-            rows = torch.cat([rows, rows[-1:].expand(-wanted % self.multiple)])
+        if rows is not None and wanted:
+            rows = torch.cat([rows, rows[-1:].expand(self._whole(wanted) - wanted)])
         with attention.running(batch):
             if isinstance(batch, Batch) and self.direct is not None and self.direct.ready(start, end, rows is not None):
                 hidden, logits = self.direct(start, end, given, batch, rows)
@@ -313,11 +321,11 @@ class Shard:
         self, start: int, end: int, given: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """A packed forward that is the model's own around the layers."""
-        self._flow.packed = True
+        self._flow.lean = self.lean
         try:
             hidden, logits = self.run(start, end, given[None], self._packed_options(positions), rows)
         finally:
-            self._flow.packed = False
+            self._flow.lean = False
         return hidden[0], logits
 
     def _packed_options(self, positions: torch.Tensor) -> dict[str, Any]:

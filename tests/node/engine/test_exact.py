@@ -22,8 +22,8 @@ KINDS = ("llama", "qwen3", "mixtral", "gemma2", "gpt_oss")
 TOKENS = 7
 PARAMS = SamplingParams(temperature=0.0, max_tokens=TOKENS, logprobs=3)
 """Log-probabilities as floats stand for the logits' bits."""
-WIDE = {"hidden_size": 448, "intermediate_size": 512, "head_dim": 64, "num_attention_heads": 7}
-"""Wide enough that products are packed."""
+WIDE = {"hidden_size": 448, "intermediate_size": 1088, "head_dim": 64, "num_attention_heads": 7}
+"""Wide enough that products are packed, and that a kernel may sum a single row's in an order of its own."""
 FORMS: dict[str, dict[str, object]] = {"wide": {}, "wide, in half": {"dtype": "bfloat16"}}
 """Packed in float32 and, where the weights allow it and the machine can, in half precision."""
 
@@ -103,6 +103,21 @@ def test_a_small_model_that_is_not_exact_in_one_form_is_in_the_next(
     found = prepare(tiny("llama"), Part.of_span(1, 2, 4), "float32", "on", 1)
     assert found.exact
     assert found.shard.form == "packed"
+
+
+def test_a_row_alone_is_tried(tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stream that has a stage to itself decodes in rows alone: a kernel of its own may be behind them."""
+    right = products.Float.__call__
+
+    def another(self: products.Float, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return right(self, x, bias) * (1 + 1e-6 * (x.numel() == x.shape[-1]))
+
+    monkeypatch.setattr(products.Float, "__call__", another)
+    monkeypatch.setattr(products, "least_rows", lambda: 1)
+    monkeypatch.setattr(products, "forms_of", lambda *_: ("packed",))
+    found = prepare(tiny("llama"), Part.of_span(1, 2, 4), "float32", "auto", 1)
+    assert found.exact
+    assert found.shard.multiple == 4
 
 
 @pytest.mark.parametrize("kind", KINDS)

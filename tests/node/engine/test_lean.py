@@ -16,8 +16,11 @@ from node.engine.span import Part
 WHOLE = Part.of_span(0, 2, 2)
 
 
-def _lean(folder: Path) -> list[LeanLayer | None]:
-    prepared = prepare(folder, WHOLE, "float32", "off", 1)
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def _lean(folder: Path, dtype: str = "float32") -> list[LeanLayer | None]:
+    prepared = prepare(folder, WHOLE, dtype, "off", 1)
     assert prepared.mode == "packed"
     return [slot.lean for slot in prepared.shard._layers]
 
@@ -25,6 +28,14 @@ def _lean(folder: Path) -> list[LeanLayer | None]:
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3", "gemma", "mixtral", "qwen3_moe"])
 def test_the_common_block_is_lean(kind: str, tiny: Callable[..., Path]) -> None:
     assert all(_lean(tiny(kind, 2)))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma", "mixtral"])  # gemma's norm rounds behind its weight
+def test_it_is_in_half_precision_where_it_has_the_bits_of_the_layer(
+    kind: str, dtype: str, tiny: Callable[..., Path]
+) -> None:
+    assert all(_lean(tiny(kind, 2), dtype))
 
 
 @pytest.mark.parametrize(
@@ -42,7 +53,8 @@ def test_a_block_that_does_anything_else_is_not(kind: str, over: dict[str, objec
     assert not any(_lean(tiny(kind, 2, **over)))
 
 
-def test_a_wrong_guess_is_noticed(tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_wrong_guess_is_noticed(dtype: str, tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     made = LeanAttention.__init__
 
     def slightly_wrong(self: LeanAttention, *args: object) -> None:
@@ -50,7 +62,7 @@ def test_a_wrong_guess_is_noticed(tiny: Callable[..., Path], monkeypatch: pytest
         self.scale *= 1.01
 
     monkeypatch.setattr(LeanAttention, "__init__", slightly_wrong)
-    assert not any(_lean(tiny("llama", 2)))
+    assert not any(_lean(tiny("llama", 2), dtype))
 
 
 class _Shifted(nn.RMSNorm):

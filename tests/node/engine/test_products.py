@@ -69,13 +69,21 @@ def test_products_equal_a_plain_linear_layer(form: type[Half | Float | Plain]) -
 
 
 @pytest.mark.parametrize("form", [pytest.param(Half, marks=needs_half), Float])
-def test_a_row_has_the_same_bits_in_any_company(form: type[Half | Float]) -> None:
-    """For every number of rows that the form promises it for."""
-    product, x = form(_weight(200, 448)), _rows(600, 448)
+@pytest.mark.parametrize("size", [448, 5632])
+def test_a_row_has_the_same_bits_in_any_company(form: type[Half | Float], size: int) -> None:
+    """For every number of rows that the form promises it for; a row alone is another kernel's where it is wide."""
+    product, x = form(_weight(200, size)), _rows(600, size)
     whole = product(x, None)
     for n in range(product.rows, 600, product.rows):
         assert torch.equal(product(x[:n], None), whole[:n]), n
         assert torch.equal(product(x[600 - n :], None), whole[600 - n :]), n
+
+
+def test_few_rows_keep_their_shape() -> None:
+    product, x = Float(_weight(96, 5632)), _rows(2, 5632)
+    assert torch.equal(product(x[None], None)[0], product(x, None))
+    assert product(x[:0], None).shape == (0, 96)
+    assert product(x[0], None).shape == (96,)
 
 
 def test_a_kernel_that_is_wrong_on_a_shape_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
