@@ -57,6 +57,13 @@ class Models:
         return path if path.exists() else write_words(write_tiny("llama", path, layers))
 
 
+def served(dtype: str) -> str:
+    """What a checkpoint in ``dtype`` is served in here: float32 as it is, whatever this processor would prefer."""
+    from node.engine.probe import serving_dtype
+
+    return dtype if dtype == "float32" else serving_dtype("auto")
+
+
 def _script(name: str) -> ModuleType:
     loader = importlib.machinery.SourceFileLoader(name, str(ROOT / "scripts" / name))
     module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))  # type: ignore[arg-type]
