@@ -59,8 +59,8 @@ def _mentioned(module: nn.Module) -> set[str]:
 class RmsNorm:
     """Root mean square norm over the last dimension, in few and cheap calls.
 
-    In float32: x / sqrt(mean(x^2) + eps) = x * sqrt(n) / hypot(|x|, sqrt(n * eps)); the root of n is multiplied into the
-    weight.  Each row's length is summed by itself, so that it has the same bits in any number of rows.
+    In float32: x / sqrt(mean(x^2) + eps) = x * sqrt(n) / hypot(|x|, sqrt(n * eps)); the root of n is multiplied into
+    the weight.  Each row's length is summed by itself, so that it has the same bits in any number of rows.
 
     In half precision it is the models' own computation, in float32 and rounded where they round: before the weight or
     behind it.  Then all bits are theirs.
