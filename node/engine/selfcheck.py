@@ -28,6 +28,8 @@ TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 6e-2}
 """Largest difference, as a share of the largest value of the plain forward."""
 LEAN_TOLERANCE = 10.0
 """In float32 lean layers must be this much closer.  In half precision they round where the model does: to the bit."""
+TIPPED = 0.25
+"""Share of rows that rounding may give to other experts, in a layer."""
 PACKABLE = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
 Outcome = tuple[torch.Tensor, torch.Tensor | None]
 
@@ -142,13 +144,37 @@ def _try_packed(shard: Shard, start: int, end: int, given: torch.Tensor, expecte
         shard.lean = True
     if set(batch.seen) != set(range(start, end)):
         return "not every layer keeps keys and values"
-    if difference := _difference(outcomes, expected, TOLERANCE[shard.precision]):
+    difference = _difference(outcomes, expected, TOLERANCE[shard.precision])
+    if difference and shard.precision != torch.float32:
+        difference = _by_layers(shard, start, end, given)
+    if difference:
         return difference
     if any(shard.lean_layers(start, end)) and not _lean_agrees(shard, start, end, given, outcomes):
         shard.give_up_lean()
     item = shard.dtype.itemsize
     shard.learn_windows(batch)
     return tuple(sum(h * d for h, d in batch.seen[i]) * item for i in range(start, end))
+
+
+def _by_layers(shard: Shard, start: int, end: int, given: torch.Tensor) -> str:
+    """How the packed forward of any one layer differs from the layer's own; empty: none does.
+
+    In half precision what is rounded otherwise adds up over the layers, and tips which experts a row is given to: then
+    all that follows in the row is another sum.  So layers with experts may differ in a few rows.
+    """
+    layers, tolerance = shard.model.get_submodule(shard.layout.layers), TOLERANCE[shard.precision]
+    for index in range(start, end):
+        routed = any(name.endswith("experts") for name, _ in layers[index].named_modules())
+        shard.use("eager")
+        expected = _plain(shard, index, index + 1, given)
+        shard.use(attention.NAME)
+        shard.lean = False
+        outcomes, _ = _packed(shard, index, index + 1, given)
+        shard.lean = True
+        if difference := _difference(outcomes, expected, tolerance, TIPPED if routed else 0.0):
+            return f"layer {index}: {difference}"
+        given = expected[0]
+    return ""
 
 
 def _lean_agrees(shard: Shard, start: int, end: int, given: torch.Tensor, outcomes: list[Outcome]) -> bool:
@@ -195,12 +221,14 @@ def _try_compat(shard: Shard, start: int, end: int, given: torch.Tensor, expecte
     return _difference(outcomes, expected, TOLERANCE[shard.precision]) or (per_layer,) * (end - start)
 
 
-def _difference(outcomes: list[Outcome], expected: Outcome, tolerance: float) -> str:
+def _difference(outcomes: list[Outcome], expected: Outcome, tolerance: float, spared: float = 0.0) -> str:
+    """``spared``: share of the rows, those that differ most, that is not looked at."""
     for what, found, wanted in zip(("hidden states", "logits"), _joined(outcomes), expected, strict=True):
         if found is None or wanted is None:
             continue
-        share = (found.float() - wanted.float()).abs().max() / wanted.float().abs().max().clamp_min(1e-9)
-        if not share <= tolerance:
+        rows = (found.float() - wanted.float()).abs().amax(-1).sort().values
+        share = rows[-1 - int(spared * len(rows))] / wanted.float().abs().max().clamp_min(1e-9)
+        if not (share <= tolerance and rows[-1].isfinite()):
             return f"{what} differ by {float(share):.1e}"
     return ""
 

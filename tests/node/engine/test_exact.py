@@ -15,10 +15,16 @@ from mesh.types import LayerSpan, SamplingParams
 from node.engine import exact, products
 from node.engine.engine import Engine, EngineConfig
 from node.engine.loading import prepare
+from node.engine.probe import serving_dtype
 from node.engine.span import Part
 from tests.node.engine.chain import MODEL, Chain, info
 
 KINDS = ("llama", "qwen3", "mixtral", "gemma2", "gpt_oss")
+HALF = pytest.param(
+    "bfloat16",
+    marks=pytest.mark.skipif(serving_dtype() != "bfloat16", reason="nothing is served in bfloat16 by this processor"),
+)
+DTYPES = ("float32", HALF)
 TOKENS = 7
 PARAMS = SamplingParams(temperature=0.0, max_tokens=TOKENS, logprobs=3)
 """Log-probabilities as floats stand for the logits' bits."""
@@ -30,9 +36,9 @@ FORMS: dict[str, dict[str, object]] = {"wide": {}, "wide, in half": {"dtype": "b
 Trace = list[tuple[int, float, tuple[tuple[int, float], ...]]]
 
 
-async def _loaded(folder: Path, cuts: Sequence[int], quantize: str = "", **config: object) -> Chain:
+async def _loaded(folder: Path, cuts: Sequence[int], dtype: str, quantize: str = "", **config: object) -> Chain:
     chain = Chain(cuts, **config)
-    await chain.load(folder, quantize=quantize)
+    await chain.load(folder, dtype=dtype, quantize=quantize)
     assert all(loaded.exact for engine in chain.engines for loaded in engine.loaded)
     return chain
 
@@ -54,27 +60,31 @@ def _quantize(kind: str) -> str:
     return "int8" if kind.startswith("int8 ") else ""
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", [*KINDS, *FORMS, "int8 llama", "int8 mixtral"])
 async def test_bits_do_not_depend_on_batch_chunks_or_stages(
-    kind: str, tiny: Callable[..., Path], prompts: list[list[int]]
+    kind: str, dtype: str, tiny: Callable[..., Path], prompts: list[list[int]]
 ) -> None:
     folder = _folder(kind, tiny)
     long = [*prompts, prompts[1] + prompts[3] + prompts[0]]  # past one page of keys
-    whole = await _loaded(folder, (0, 4), _quantize(kind))
+    whole = await _loaded(folder, (0, 4), dtype, _quantize(kind))
     batch = await _run(whole, long)
     assert [(await _run(whole, [prompt]))[0] for prompt in (long[0], long[4])] == [batch[0], batch[4]]
     await whole.stop()
-    parts = await _loaded(folder, (0, 1, 3, 4), _quantize(kind), step_rows=26)
+    parts = await _loaded(folder, (0, 1, 3, 4), dtype, _quantize(kind), step_rows=26)
     assert (await _run(parts, long[::-1]))[::-1] == batch
     await parts.stop()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", ["llama", *FORMS, "int8 llama"])
-async def test_bits_do_not_depend_on_threads(kind: str, tiny: Callable[..., Path], prompts: list[list[int]]) -> None:
+async def test_bits_do_not_depend_on_threads(
+    kind: str, dtype: str, tiny: Callable[..., Path], prompts: list[list[int]]
+) -> None:
     folder = _folder(kind, tiny)
     found = []
     for threads in (1, 2):
-        chain = await _loaded(folder, (0, 4), _quantize(kind), threads=threads)
+        chain = await _loaded(folder, (0, 4), dtype, _quantize(kind), threads=threads)
         found.append(await _run(chain, prompts[:2]))
         await chain.stop()
     assert found[0] == found[1]
@@ -120,19 +130,20 @@ def test_a_row_alone_is_tried(tiny: Callable[..., Path], monkeypatch: pytest.Mon
     assert found.shard.multiple == 4
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
 async def test_a_replay_gives_the_bits_of_the_live_run(
-    kind: str, tiny: Callable[..., Path], prompts: list[list[int]]
+    kind: str, dtype: str, tiny: Callable[..., Path], prompts: list[list[int]]
 ) -> None:
     """A replacement computes in one go what the lost stage had computed token by token."""
     live = Chain((0, 2, 4))
-    await live.load(tiny(kind))
+    await live.load(tiny(kind), dtype=dtype)
     await live.generate(prompts, TOKENS, PARAMS)
     trace = [r.sampled for r in live.results["s1"] if r.sampled]
     await live.stop()
 
     replacement = Chain((0, 2, 4))
-    await replacement.load(tiny(kind))
+    await replacement.load(tiny(kind), dtype=dtype)
     known = prompts[1] + live.drawn["s1"][:-1]
     replacement.open("again", known, PARAMS, 1)
     replacement.feed("again", 0, known, scored=True)
