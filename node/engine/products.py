@@ -31,6 +31,13 @@ LEAST_HIDDEN = 384
 """Below this hidden size the call of a packed product costs more than it saves."""
 ROWS_HINT = 64
 """Rows for which oneDNN chooses the packed form; all counts run on it."""
+LEAST = (1, 4, 8, 16)
+"""Rows that forwards may be filled up to, for each to have the same bits in any company."""
+TRIED = (1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 15, 16, 17, 23, 24, 31, 32, 33, 48, 63, 64, 65, 96, 128)
+WIDEST = 4096
+"""Channels of a weight at most with which that is tried."""
+LARGE = 32.0
+"""By this numbers near one are multiplied, so that in float16 what rounding leaves of sums is not nothing."""
 CHANNELS = 64
 """Of a weight at most, on which its product is tried."""
 MOST_ROUTES = 1024
@@ -51,12 +58,46 @@ def can_halve(dtype: torch.dtype, device: torch.device) -> bool:
     return dtype == torch.float32 and device.type == "cpu" and "fbgemm" in torch.backends.quantized.supported_engines
 
 
+@functools.cache
+def least_rows(packed: bool, out: int, size: int, dtype: torch.dtype) -> int:
+    """Of how many rows at least products with a weight [out, size] on the CPU, ``Float`` or ``Plain``, give each the
+    same bits in any company, on this machine and with any threads; 0: no number is known to do.
+
+    With AVX-512 the libraries sum the products of a single row in an order of their own for many sizes, and oneDNN
+    takes longer over it than over four (docs/decisions/0105).  All sums are made to cancel: what is left is what
+    rounding left of them.  In half precision all but one in thousands would look the same otherwise.
+    """
+    generator = torch.Generator().manual_seed(0)
+    halves = (torch.randn(rows, size // 2, generator=generator) for rows in (TRIED[-1], min(out, WIDEST)))
+    x, weight = (LARGE * half.to(dtype) for half in halves)
+    mixed = torch.randperm(size // 2, generator=generator)
+    x, weight = torch.cat([x, -x[:, mixed]], 1), torch.cat([weight, weight[:, mixed]], 1)
+    x, weight = F.pad(x, (0, size % 2)), F.pad(weight, (0, size % 2))
+    product = functools.partial(_times, _laid_out(weight)) if packed else lambda rows: F.linear(rows, weight)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    whole = product(x)
+    torch.set_num_threads(threads)
+    most = max((n for n in TRIED if not torch.equal(product(x[:n]), whole[:n])), default=0)
+    return next((least for least in LEAST if least > most), 0)
+
+
+def _laid_out(weight: torch.Tensor) -> torch.Tensor:
+    """``weight`` in oneDNN's own form."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), ROWS_HINT)  # type: ignore[no-any-return]
+
+
+def _times(laid_out: torch.Tensor, rows: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    return torch.ops.mkldnn._linear_pointwise.default(rows, laid_out, bias, "none", [], "")  # type: ignore[no-any-return]
+
+
 class Plain:
     """Any weight [out, in] as it is."""
 
-    rows = least = 1
+    rows = 1
 
     def __init__(self, weight: torch.Tensor) -> None:
+        self.least = _least_plain(weight)
         self._weight = weight
         self.nbytes, self.shape = weight.nbytes, weight.shape
 
@@ -73,8 +114,8 @@ class Float:
     rows = 1
 
     def __init__(self, weight: torch.Tensor) -> None:
-        self.least = least_rows()
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), ROWS_HINT)
+        self.least = least_rows(True, *weight.shape, weight.dtype)
+        self._packed = _laid_out(weight)
         self.nbytes, self.shape = weight.nbytes, weight.shape
 
     def __call__(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -83,24 +124,10 @@ class Float:
             filled = x.new_zeros(self.least, x.shape[-1])
             filled[:count] = x.reshape(count, x.shape[-1])
             return self(filled, bias)[:count].view(*x.shape[:-1], self.shape[0])
-        return torch.ops.mkldnn._linear_pointwise.default(x, self._packed, bias, "none", [], "")
+        return _times(self._packed, x, bias)
 
     def dense(self) -> torch.Tensor:
         return self._packed.to_dense()
-
-
-@functools.cache
-def least_rows() -> int:
-    """Rows that ``Float`` wants at least, on this machine, for a row to have the same bits in any company.
-
-    With AVX-512 oneDNN sums the products of a single row in another order where the inner size is past 1,024, and takes
-    longer over it than over four (docs/decisions/0105).
-    """
-    generator = torch.Generator().manual_seed(0)
-    x, weight = (torch.randn(rows, 8192, generator=generator) for rows in (4, 256))
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS_HINT)
-    alone, whole = (torch.ops.mkldnn._linear_pointwise(rows, packed, None, "none", [], "") for rows in (x[:1], x))
-    return 1 if torch.equal(alone, whole[:1]) else len(x)
 
 
 class Half:
@@ -317,6 +344,24 @@ def products_below(module: nn.Module) -> list[Product]:
     """Every product below ``module``; one that is shared is there as often."""
     linears = [m.joined.product for m in module.modules() if isinstance(m, PackedLinear)]
     return linears + [m.product for m in module.modules() if isinstance(m, Int8Embedding)]
+
+
+def least_below(module: nn.Module) -> int:
+    """Of how many rows at least a forward must be for the sake of what is multiplied below ``module``; 0: no number
+    would do.
+
+    Of what is not packed in float32 this says nothing: there the self-test sees what differs (exact.py).
+    """
+    least = {product.least for product in products_below(module)}
+    for own in module.modules():
+        if _multiplies(own):
+            least |= {_least_plain(p) for p in own.parameters(recurse=False) if p.ndim == 2}
+    return 0 if 0 in least else max(least, default=1)
+
+
+def _least_plain(weight: torch.Tensor) -> int:
+    half = weight.device.type == "cpu" and weight.dtype in (torch.bfloat16, torch.float16)
+    return least_rows(False, *weight.shape, weight.dtype) if half else 1
 
 
 def rows_below(module: nn.Module) -> int:

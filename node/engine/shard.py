@@ -147,8 +147,8 @@ class Shard:
         if device.type != "cpu":
             model.to(device)
         self._pack(part)
-        self.least = max((product.least for product in products.products_below(model)), default=1)
-        """Rows of a forward at least: what few of them would be filled up to in each product."""
+        self.least = products.least_below(model)
+        """Rows of a forward at least, for each to have the same bits in any company; 0: no number would do."""
         if device.type == "cpu":  # what was moved is a copy already
             _leave_files(model)
         for index in part.layers:
@@ -177,8 +177,9 @@ class Shard:
 
     @property
     def least_multiple(self) -> int:
-        """Of how many rows forwards must be for the sake of the packed products."""
-        return products.rows_below(self.model)
+        """Of how many rows forwards must be for the sake of the packed products; 0: no number would do."""
+        alike = self.least and all(product.least for product in experts.products_of(self.model))
+        return products.rows_below(self.model) if alike else 0
 
     def _pack(self, part: Part) -> None:
         for index in part.layers:
@@ -217,7 +218,7 @@ class Shard:
         self.part = self.part.union(other.part)
         self.direct = self.direct.joined(other.direct) if self.direct and other.direct else None
         self.multiple = math.lcm(self.multiple, other.multiple)
-        self.least = max(self.least, other.least)
+        self.least = max(self.least, other.least) if self.least and other.least else 0
         self.bucketed = self.bucketed or other.bucketed
         self.windows.update(other.windows)
         self.weight_bytes = self._weigh()

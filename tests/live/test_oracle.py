@@ -22,6 +22,7 @@ TABLE = [
     Case("last", "decode", "kill", seeded=True),
     Case("first", "prefill", "kill", seeded=True),
     Case("last", "end", "kill"),
+    Case("first", "end", "freeze", seeded=True),
     Case("middle", "decode", "freeze"),
     Case("last", "decode", "freeze", seeded=True),
     Case("middle", "decode", "slow", seeded=True),

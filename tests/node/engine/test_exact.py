@@ -123,7 +123,7 @@ def test_a_row_alone_is_tried(tiny: Callable[..., Path], monkeypatch: pytest.Mon
         return right(self, x, bias) * (1 + 1e-6 * (x.numel() == x.shape[-1]))
 
     monkeypatch.setattr(products.Float, "__call__", another)
-    monkeypatch.setattr(products, "least_rows", lambda: 1)
+    monkeypatch.setattr(products, "least_rows", lambda *_: 1)
     monkeypatch.setattr(products, "forms_of", lambda *_: ("packed",))
     found = prepare(tiny("llama"), Part.of_span(1, 2, 4), "float32", "auto", 1)
     assert found.exact

@@ -17,6 +17,7 @@ from node.engine.products import (
     PackedLinear,
     Plain,
     can_halve,
+    can_pack,
     pack_module,
     plain_rows,
     product_of,
@@ -77,6 +78,26 @@ def test_a_row_has_the_same_bits_in_any_company(form: type[Half | Float], size: 
     for n in range(product.rows, 600, product.rows):
         assert torch.equal(product(x[:n], None), whole[:n]), n
         assert torch.equal(product(x[600 - n :], None), whole[600 - n :]), n
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("form", [Plain, Float])
+@pytest.mark.parametrize(("out", "size"), [(64, 64), (96, 256), (64, 2048), (33, 101)])
+def test_rounding_to_half_precision_hides_no_difference(
+    out: int, size: int, form: type[Plain | Float], dtype: torch.dtype
+) -> None:
+    """Where sums cancel, all that is left is how they were rounded on the way."""
+    if form is Float and not can_pack(dtype, CPU):
+        pytest.skip(f"no packed products of {dtype} on this machine")
+    generator = torch.Generator().manual_seed(1)
+    x, weight = (32 * torch.randn(rows, size, generator=generator).to(dtype) for rows in (70, out))
+    mixed = torch.randperm(size, generator=generator)
+    product, x = form(torch.cat([weight, weight[:, mixed]], 1)), torch.cat([x, -x[:, mixed]], 1)
+    whole = product(x, None)
+    assert product.least
+    assert whole.count_nonzero() > whole.numel() / 4
+    for n in range(1 if form is Float else product.least, 70):  # Float fills up by itself
+        assert torch.equal(product(x[:n], None), whole[:n]), n
 
 
 def test_few_rows_keep_their_shape() -> None:
