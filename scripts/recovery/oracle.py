@@ -82,11 +82,12 @@ class Oracle:
 
     def play(self, case: Case) -> Outcome:
         """One case; the mesh is whole again at its end."""
-        entry, others = self._parts(case)
+        leader = coordinator_of(self.mesh) if case.hop == "coordinator" else None
+        entry, others = self._parts(leader)
         body = self.body(case, others)
         expected = self._undisturbed(entry, body)
         try:
-            return self._struck(case, entry, body, expected)
+            return self._struck(case, leader, entry, body, expected)
         finally:
             self.strikes.undo()
 
@@ -106,11 +107,8 @@ class Oracle:
         rng = random.Random(case.name)
         return [rng.randrange(3, 250) for _ in range(PROMPT[case.moment])]
 
-    def _parts(self, case: Case) -> tuple[LocalNode, list[LocalNode]]:
-        """An entry, and the nodes that its route may use."""
-        if case.hop != "coordinator":
-            return self.mesh.nodes[0], self.mesh.nodes[1:]
-        leader = coordinator_of(self.mesh)
+    def _parts(self, leader: LocalNode | None) -> tuple[LocalNode, list[LocalNode]]:
+        """An entry, and the nodes that its route may use: neither is the coordinator, if that is to be struck."""
         entry, *others = [node for node in self.mesh.nodes if node is not leader]
         return entry, others
 
@@ -118,9 +116,11 @@ class Oracle:
         """The text of the same request without a fault, by one hop: no pages are shared with the route to be struck."""
         return Streamed(self.mesh, entry, body | {"mesh": body["mesh"] | {"max_layers": LAYERS}}).run().text
 
-    def _struck(self, case: Case, entry: LocalNode, body: dict[str, Any], expected: str) -> Outcome:
+    def _struck(
+        self, case: Case, leader: LocalNode | None, entry: LocalNode, body: dict[str, Any], expected: str
+    ) -> Outcome:
         streamed = Streamed(self.mesh, entry, body)
-        blow = _Blow(self.strikes, case, streamed)
+        blow = _Blow(self.strikes, case, leader, streamed)
         watch = threading.Thread(target=self._watch, args=(case, entry, blow))
         watch.start()
         try:
@@ -156,8 +156,8 @@ class Oracle:
 class _Blow:
     """The faults of one case, each struck once."""
 
-    def __init__(self, strikes: Strikes, case: Case, streamed: Streamed) -> None:
-        self.strikes, self.case, self.streamed = strikes, case, streamed
+    def __init__(self, strikes: Strikes, case: Case, leader: LocalNode | None, streamed: Streamed) -> None:
+        self.strikes, self.case, self.leader, self.streamed = strikes, case, leader, streamed
         self.over = threading.Event()
         self.route: tuple[str, ...] = ()
         self.struck: list[tuple[float, str]] = []
@@ -181,8 +181,8 @@ class _Blow:
 
     def _strike(self, *which: int) -> None:
         """The hop of the case (0), its neighbour (1)."""
-        if self.case.hop == "coordinator":
-            nodes = [coordinator_of(self.strikes.mesh)]
+        if self.leader is not None:  # as it was before the stream: by now the entry may lead, which is another case
+            nodes = [self.leader]
         else:
             place = HOPS.index(self.case.hop)
             beside = place + 1 if place < len(HOPS) - 1 else place - 1
