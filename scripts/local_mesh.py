@@ -20,10 +20,11 @@ import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from email.message import Message
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mesh.capacity import DTYPE_BYTES
 
+T = TypeVar("T")
 ROOT = Path(__file__).resolve().parent.parent
 STOP_S = 20.0
 ENDED = (None, 0, -9)
@@ -84,6 +85,10 @@ class LocalNode:
     def tail(self, lines: int = 25) -> str:
         text = self.log.read_text(errors="replace") if self.log.exists() else ""
         return "\n".join(text.splitlines()[-lines:])
+
+    def within(self, act: Callable[[], T]) -> T:
+        """``act()`` from where the node's API can be reached; here from anywhere."""
+        return act()
 
     def get(self, path: str, timeout: float = 5.0) -> Any:
         return http_json(self.api + path, timeout=timeout)

@@ -85,9 +85,9 @@ class Oracle:
         leader = coordinator_of(self.mesh) if case.hop == "coordinator" else None
         entry, others = self._parts(leader)
         body = self.body(case, others)
-        expected = self._undisturbed(entry, body)
         try:
-            return self._struck(case, leader, entry, body, expected)
+            expected = entry.within(lambda: self._undisturbed(entry, body))
+            return entry.within(lambda: self._struck(case, leader, entry, body, expected))
         finally:
             self.strikes.undo()
 

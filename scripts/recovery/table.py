@@ -105,7 +105,7 @@ def _play_cut(folder: Path, cases: list[Case], tell: Tell) -> list[Outcome]:
         for index, node in enumerate(nodes):
             node.place(network, index)
         with mesh, Cuts(mesh, network) as strikes:
-            return nodes[0].within(lambda: _play(mesh, strikes, cases, tell))
+            return _play(mesh, strikes, cases, tell)
 
 
 def _play(mesh: LocalMesh, strikes: Strikes, cases: list[Case], tell: Tell) -> list[Outcome]:
