@@ -27,8 +27,9 @@ HOPS = ("first", "middle", "last")
 MOMENTS = ("prefill", "decode", "end")
 PROMPT = {"prefill": 400, "decode": 60, "end": 60}
 TOKENS = {"prefill": 60, "decode": 200, "end": 60}
-STRIKE_AT = {"decode": 20, "end": 58}
-"""The piece at which the fault comes; ``prefill``: as soon as the session has a route."""
+STRIKE_AT = {"decode": 20, "end": -2}
+"""The piece at which the fault comes, of the end counted from there: a special token is no piece.  ``prefill``: as soon
+as the session has a route."""
 AGAIN_S = 0.15
 """The second fault of ``during`` comes so long after the first: before a lost hop's tokens flow again."""
 
@@ -120,7 +121,7 @@ class Oracle:
         self, case: Case, leader: LocalNode | None, entry: LocalNode, body: dict[str, Any], expected: str
     ) -> Outcome:
         streamed = Streamed(self.mesh, entry, body)
-        blow = _Blow(self.strikes, case, leader, streamed)
+        blow = _Blow(self.strikes, case, leader, streamed, len(expected.split()))
         watch = threading.Thread(target=self._watch, args=(case, entry, blow))
         watch.start()
         try:
@@ -156,8 +157,11 @@ class Oracle:
 class _Blow:
     """The faults of one case, each struck once."""
 
-    def __init__(self, strikes: Strikes, case: Case, leader: LocalNode | None, streamed: Streamed) -> None:
+    def __init__(self, strikes: Strikes, case: Case, leader: LocalNode | None, streamed: Streamed, pieces: int) -> None:
+        """``pieces``: of the undisturbed run."""
         self.strikes, self.case, self.leader, self.streamed = strikes, case, leader, streamed
+        at = STRIKE_AT.get(case.moment, 1 << 30)
+        self._first_at = at if at > 0 else pieces + at
         self.over = threading.Event()
         self.route: tuple[str, ...] = ()
         self.struck: list[tuple[float, str]] = []
@@ -166,7 +170,7 @@ class _Blow:
     def piece(self, count: int) -> None:
         """A piece came."""
         self.route = self.route or self.streamed.route
-        if count >= STRIKE_AT.get(self.case.moment, 1 << 30) and not self.struck and self.route:
+        if count >= self._first_at and not self.struck and self.route:
             self.first()
             self._second_at = count + 40  # past what was on its way already
         elif self.case.then == "row" and len(self.struck) == 1 and count >= self._second_at:
