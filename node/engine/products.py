@@ -33,8 +33,9 @@ ROWS_HINT = 64
 """Rows for which oneDNN chooses the packed form; all counts run on it."""
 LEAST = (1, 4, 8, 16)
 """Rows that forwards may be filled up to, for each to have the same bits in any company."""
-TRIED = (1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 15, 16, 17, 23, 24, 31, 32, 33, 48, 63, 64, 65, 96, 128)
-WIDEST = 4096
+TRIED = (1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 15, 16, 17, 23, 24, 31, 32, 33, 48, 63, 64, 65, 96, 128, 256, 512)
+"""Numbers of rows, up to those of a step."""
+WIDEST = 2048
 """Channels of a weight at most with which that is tried."""
 LARGE = 32.0
 """By this numbers near one are multiplied, so that in float16 what rounding leaves of sums is not nothing."""

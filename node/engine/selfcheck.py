@@ -135,18 +135,15 @@ def _turns_by_length(text: Any) -> str:
 
 
 def _try_packed(shard: Shard, start: int, end: int, given: torch.Tensor, expected: Outcome) -> tuple[int, ...] | str:
-    shard.lean = False
     try:
-        outcomes, batch = _packed(shard, start, end, given)
+        outcomes, batch = _packed(shard, start, end, given, lean=False)
+        difference = _difference(outcomes, expected, TOLERANCE[shard.precision])
+        if difference and shard.precision != torch.float32:
+            difference = _by_layers(shard, start, end, given)
     except Exception as error:
         return _line(error)
-    finally:
-        shard.lean = True
     if set(batch.seen) != set(range(start, end)):
         return "not every layer keeps keys and values"
-    difference = _difference(outcomes, expected, TOLERANCE[shard.precision])
-    if difference and shard.precision != torch.float32:
-        difference = _by_layers(shard, start, end, given)
     if difference:
         return difference
     if any(shard.lean_layers(start, end)) and not _lean_agrees(shard, start, end, given, outcomes):
@@ -168,9 +165,7 @@ def _by_layers(shard: Shard, start: int, end: int, given: torch.Tensor) -> str:
         shard.use("eager")
         expected = _plain(shard, index, index + 1, given)
         shard.use(attention.NAME)
-        shard.lean = False
-        outcomes, _ = _packed(shard, index, index + 1, given)
-        shard.lean = True
+        outcomes, _ = _packed(shard, index, index + 1, given, lean=False)
         if difference := _difference(outcomes, expected, tolerance, TIPPED if routed else 0.0):
             return f"layer {index}: {difference}"
         given = expected[0]
@@ -196,15 +191,19 @@ def _joined(outcomes: list[Outcome]) -> Outcome:
     return torch.cat(hidden), None if logits[0] is None else torch.cat(logits)
 
 
-def _packed(shard: Shard, start: int, end: int, given: torch.Tensor) -> tuple[list[Outcome], Packed]:
+def _packed(shard: Shard, start: int, end: int, given: torch.Tensor, lean: bool = True) -> tuple[list[Outcome], Packed]:
     """The packed forward in chunks, and the last one's batch."""
     place = shard.cache().open(start, end, sum(CHUNKS))
     outcomes, first = [], 0
-    for n in CHUNKS:
-        batch = shard.batch([Rows(place, first, n)])
-        rows = torch.arange(n) if end == shard.layout.n_layers else None
-        outcomes.append(shard.packed(start, end, given[first : first + n], batch, rows))
-        first += n
+    shard.lean = lean
+    try:
+        for n in CHUNKS:
+            batch = shard.batch([Rows(place, first, n)])
+            rows = torch.arange(n) if end == shard.layout.n_layers else None
+            outcomes.append(shard.packed(start, end, given[first : first + n], batch, rows))
+            first += n
+    finally:
+        shard.lean = True
     return outcomes, batch
 
 
